@@ -1,0 +1,98 @@
+"""The decoder's loss (§2.1), and the command that trains it: `python -m decoder.train --config recipes/emoji/decoder.yaml`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from decoder.decoder import Decoder
+from unclip.clip.model import CLIP
+from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
+from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.sampling import clamped, guided, make_sampler, picture_generators, sample, starting_noise
+from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, train
+
+
+@dataclass
+class DecoderConfig:
+    """Trains the decoder: CLIP image embeddings and captions to pictures."""
+
+    model: dict[str, Any]  # arguments of decoder.Decoder
+    train: TrainConfig
+    data: DataConfig
+    clip: str  # folder or hub name of the CLIP whose embeddings it decodes
+    validation: DataConfig | None = None
+    schedule: Literal["cosine", "linear"] = "cosine"
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    weighting: Literal["none", "min_snr"] = "none"
+    gamma: float = 5.0  # of min-SNR
+    lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned
+    drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
+    drop_text: float = 0.5
+
+
+@torch.no_grad()
+def encode(clip: CLIP, x0: Tensor, captions: list[str], z_i: Tensor | None = None) -> dict[str, Tensor]:
+    """The decoder's conditions for pictures x0 (b, 3, h, w) and their captions; a `z_i` (b, d) computed before is kept."""
+    text = clip.encode_text(captions)
+    z_i = clip.encode_image(x0) if z_i is None else z_i
+    return {"z_i": z_i.float(), "text": text.states.float(), "text_mask": text.mask}
+
+
+def decoder_loss(config: DecoderConfig, clip: CLIP, diffusion: Diffusion) -> LossFn:
+    """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        draws = batch["draws"]
+        x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
+        conditions = encode(clip, x0, captions, batch.get("z_i"))
+        t = draws.integers(diffusion.num_steps)
+        noise = draws.normal(*x0.shape[1:])
+        x_t = diffusion.add_noise(x0, noise, t)
+        output = model(
+            x_t,
+            t,
+            **conditions,
+            drop_z_i=draws.uniform() < config.drop_z_i,
+            drop_text=draws.uniform() < config.drop_text,
+        )
+        loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb)
+        return loss.mean(), {}
+
+    return loss_fn
+
+
+def decoder_samples(clip: CLIP, scheduler: Any, guidance_scale: float = 2.0, steps: int = 20) -> SampleFn:
+    """Decodes the true z_i of a batch's pictures, with its captions, for the grid of a tracker."""
+
+    def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
+        x0, captions = draw_pictures_and_captions(batch, batch["draws"], 0.0)
+        conditions = encode(clip, x0, captions, batch.get("z_i"))
+        dropped = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
+        context = model.encode_context(**conditions)  # pyright: ignore[reportCallIssue]
+        null = model.encode_context(**conditions, drop_z_i=dropped, drop_text=dropped)  # pyright: ignore[reportCallIssue]
+        generators = picture_generators(range(len(x0)), "decoder")
+        x_T = starting_noise(x0.shape[1:], generators, x0.device)
+        denoise = clamped(guided(model, context, null, guidance_scale), Diffusion.from_scheduler(scheduler))
+        return sample(denoise, make_sampler(scheduler, "dpm++"), x_T, steps, generators)
+
+    return sample_fn
+
+
+def run(config: DecoderConfig) -> Path:
+    """Trains a decoder; returns the folder of the exported network."""
+    dataset = ShardDataset(config.data)
+    validation = ShardDataset(config.validation) if config.validation else None
+    clip = CLIP.from_pretrained(config.clip).eval().requires_grad_(False)
+    model = Decoder(**config.model)
+    scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
+    scheduler.save_pretrained(Path(config.train.out) / "scheduler")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss_fn = decoder_loss(config, clip.to(device), Diffusion.from_scheduler(scheduler).to(device))
+    return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
+
+
+if __name__ == "__main__":
+    main(DecoderConfig, run)

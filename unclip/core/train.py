@@ -1,0 +1,377 @@
+"""The one training loop. A stage brings a network, a loss and a config; see `Contract 3` in docs/architecture.md."""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from jsonargparse import ActionConfigFile, ArgumentParser
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from unclip.core import checkpoint
+from unclip.core.data import Draws, collate
+
+Batch = dict[str, Any]
+LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+SampleFn = Callable[[nn.Module, Batch], Tensor]
+Config = TypeVar("Config")
+
+
+@dataclass
+class TrainConfig:
+    """How a network is trained. `batch_size` counts the samples of one optimiser step over all processes."""
+
+    out: str  # folder of checkpoints, logs and the exported model
+    steps: int
+    batch_size: int
+    accumulation: int = 1  # micro-batches a process splits its share into
+    learning_rate: float = 1e-4
+    lr_scales: dict[str, float] = field(default_factory=dict)  # factor on the rate of parameters by prefix of name
+    warmup: int = 100  # steps of linear warm-up
+    decay: int = 0  # the last steps, over which the rate falls linearly to zero
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled; not on vectors (biases, norms)
+    clip_grad: float = 1.0
+    ema: float = 0.9999  # upper end: the decay after n steps is min(ema, (1 + n) / (10 + n))
+    precision: Literal["no", "bf16", "fp16"] = "bf16"  # autocast over fp32 weights
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = 0
+    workers: int = 0
+    tracker: str = "tensorboard"  # any accelerate tracker by name, or "none"
+    log_every: int = 50
+    validate_every: int = 1000
+    save_every: int = 1000
+    keep: int = 2  # training states kept
+    resume: bool = False
+
+
+def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
+    """Reads a stage's config from `--config FILE`, with `--any.field value` overrides and `--resume`.
+
+    `config_class` is a dataclass with a field `train: TrainConfig`. `--print_config` prints what would be used.
+    """
+    parser = ArgumentParser(description=config_class.__doc__)
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe, YAML")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest training state")
+    parser.add_class_arguments(config_class)
+    parsed = parser.parse_args(list(args) if args is not None else None)
+    values = parser.instantiate_classes(parsed)
+    config = config_class(**{f.name: values[f.name] for f in fields(config_class)})  # pyright: ignore
+    config.train.resume = config.train.resume or parsed.resume  # pyright: ignore[reportAttributeAccessIssue]
+    return config
+
+
+def main(config_class: type[Config], run: Callable[[Config], object], args: Sequence[str] | None = None) -> None:
+    """A stage's command: parses, runs, and says in one sentence what was wrong with the input."""
+    config = parse(config_class, args)
+    try:
+        run(config)
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up, constant, linear decay over the last `decay` steps."""
+    up = (step + 1) / max(1, config.warmup)
+    down = (config.steps - step) / max(1, config.decay)
+    return config.learning_rate * min(1.0, up, down)
+
+
+def rows_of(step: int, config: TrainConfig, length: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
+    """(index in the whole batch, index in the dataset) of the samples that process `rank` of `world` sees in a step.
+
+    Each epoch is a permutation drawn from (seed, epoch); a batch may span two. Nothing is kept between steps, so that
+    resuming is exact.
+    """
+    share = config.batch_size // world
+    rows = []
+    orders: dict[int, Tensor] = {}
+    for i in range(rank * share, (rank + 1) * share):
+        epoch, position = divmod(step * config.batch_size + i, length)
+        if epoch not in orders:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+            orders[epoch] = torch.randperm(length, generator=generator)
+        rows.append((i, int(orders[epoch][position])))
+    return rows
+
+
+class _Steps:
+    """Batch sampler: the dataset indices of every micro-batch from step `start` on."""
+
+    def __init__(self, config: TrainConfig, length: int, start: int, rank: int, world: int):
+        self.config, self.length, self.start, self.rank, self.world = config, length, start, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro = self.config.batch_size // self.world // self.config.accumulation
+        for step in range(self.start, self.config.steps):
+            rows = [index for _, index in rows_of(step, self.config, self.length, self.rank, self.world)]
+            for first in range(0, len(rows), micro):
+                yield rows[first : first + micro]
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; decoupled decay on matrices only; the rate of each group is `scale` times the schedule's."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = next((s for prefix, s in config.lr_scales.items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise ValueError("the network has no parameter to train.")
+    return torch.optim.AdamW(
+        [
+            {"params": params, "scale": scale, "weight_decay": config.weight_decay if matrix else 0.0}
+            for (scale, matrix), params in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+class _Interrupt:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "_Interrupt":
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch there
+                self.previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """True on every process as soon as one was asked."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device)).item())
+
+
+def _check(config: TrainConfig, length: int, world: int) -> None:
+    if config.steps < 1 or config.batch_size < 1 or config.accumulation < 1:
+        raise ValueError(
+            f"steps {config.steps}, batch_size {config.batch_size} and accumulation {config.accumulation} "
+            "must each be at least 1."
+        )
+    if config.batch_size % (world * config.accumulation):
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be split over {world} processes with {config.accumulation} "
+            f"micro-batches each: make it a multiple of {world * config.accumulation}."
+        )
+    if not config.resume and checkpoint.states(Path(config.out)):
+        raise ValueError(f"{config.out} holds the states of an earlier run: add --resume, or choose another train.out.")
+    if length == 0:
+        raise ValueError("the training set is empty: look at `data.split` and what narrows it.")
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, ema: EMAModel) -> Iterator[None]:
+    """Inside, the network carries the averaged weights."""
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+        model.train(was_training)
+
+
+def fixed_batch(dataset: Dataset, indices: Sequence[int], seed: int, device: torch.device) -> Batch:
+    """These samples of a dataset with draws that are the same at every call."""
+    batch = _to(collate([dataset[i] for i in indices]), device)
+    return {**batch, "draws": Draws(seed, 0, list(indices), device)}
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, loss_fn: LossFn, dataset: Dataset, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """Mean loss and metrics over the first samples of `dataset`: eight batches at most, draws that never change."""
+    size = max(1, min(config.batch_size, 64))
+    length = min(len(dataset), 8 * size)  # pyright: ignore[reportArgumentType]
+    totals: dict[str, float] = {}
+    for first in range(0, length, size):
+        indices = range(first, min(first + size, length))
+        loss, metrics = loss_fn(model, fixed_batch(dataset, indices, config.seed, device))
+        for name, value in {"loss": loss, **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + float(value) * len(indices) / length
+    return {f"validation/{name}": total for name, total in totals.items()}
+
+
+class _Run:
+    """The parts of a run, as accelerate prepared them, and what happens between two looks at the clock."""
+
+    def __init__(self, config: TrainConfig, model: nn.Module, dataset: Sized):
+        self.config, self.out, self.length = config, Path(config.out), len(dataset)
+        tracker = None if config.tracker == "none" else config.tracker
+        self.accelerator = Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=config.out)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        _check(config, self.length, self.world)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if tracker:
+            self.accelerator.init_trackers("logs", config={k: str(v) for k, v in asdict(config).items()})
+        set_seed(config.seed, device_specific=True)  # dropout inside networks; everything else comes from Draws
+        self.model = model.to(self.accelerator.device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if config.compile:
+            self.model.compile()
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer_of(self.model, config))
+        self.ema = EMAModel(self.model.parameters(), decay=config.ema, foreach=True)
+        self.start = checkpoint.load_state(self.accelerator, self.model, self.ema, self.out) if config.resume else 0
+        self.bar = tqdm(
+            total=config.steps,
+            initial=self.start,
+            disable=not self.accelerator.is_main_process,
+            desc=self.out.name,
+            unit="step",
+        )
+        self.sums: dict[str, Tensor] = {}
+        self.count, self.since = 0, time.perf_counter()
+
+    def batches(self, dataset: Dataset) -> Iterator[Batch]:
+        """Every micro-batch of this process, from the first step to come, with its draws."""
+        config, device = self.config, self.accelerator.device
+        sampler = _Steps(config, self.length, self.start, self.rank, self.world)
+        loader = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.workers))  # pyright: ignore
+        for step in range(self.start, config.steps):
+            rows = [i for i, _ in rows_of(step, config, self.length, self.rank, self.world)]
+            micro = len(rows) // config.accumulation
+            for first in range(0, len(rows), micro):
+                batch = _to(next(loader), device)
+                batch["draws"] = Draws(config.seed, step, rows[first : first + micro], device)
+                yield batch
+
+    def update(self, step: int, loss_fn: LossFn, batches: Iterator[Batch]) -> None:
+        """One step of the optimiser."""
+        accelerator, config = self.accelerator, self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, step) * group["scale"]
+        for part in range(config.accumulation):
+            last = part == config.accumulation - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.wrapped):
+                loss, metrics = loss_fn(self.wrapped, next(batches))
+                accelerator.backward(loss / config.accumulation)
+            for name, value in {"loss": loss, **metrics}.items():
+                self.add(name, value.detach().float() / config.accumulation)
+        self.add("grad_norm", accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad).detach())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.model.parameters())
+        self.count += 1
+        self.bar.update()
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def report(self, done: int) -> None:
+        """Logs the means since the last report; FloatingPointError where one is not finite."""
+        values = {k: float(self.accelerator.reduce(v, "mean")) / self.count for k, v in self.sums.items()}
+        if not all(math.isfinite(v) for v in values.values()):
+            raise FloatingPointError(
+                f"the loss is no longer finite near step {done} ({values}): go back to the last state with --resume "
+                "and a lower train.learning_rate."
+            )
+        speed = self.config.batch_size * self.count / (time.perf_counter() - self.since)
+        rate = learning_rate(self.config, done - 1)
+        self.scalars({**values, "learning_rate": rate, "images_per_second": speed}, done)
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{speed:.1f}")
+        self.sums, self.count, self.since = {}, 0, time.perf_counter()
+
+    def scalars(self, values: dict[str, float], done: int) -> None:
+        """To accelerate's trackers, and to `OUT/log.jsonl`."""
+        self.accelerator.log(values, step=done)
+        if self.accelerator.is_main_process:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps({"step": done, **values}) + "\n")
+
+    def validate(self, done: int, loss_fn: LossFn, dataset: Dataset, sample_fn: SampleFn | None) -> None:
+        """Loss on fixed samples with fixed draws, and pictures where the stage makes them, of the averaged weights."""
+        with averaged(self.model, self.ema):
+            self.scalars(validation_loss(self.model, loss_fn, dataset, self.config, self.accelerator.device), done)
+            if sample_fn is not None and self.accelerator.is_main_process:
+                batch = fixed_batch(dataset, range(min(16, len(dataset))), self.config.seed, self.accelerator.device)  # pyright: ignore
+                with torch.no_grad():
+                    pictures = sample_fn(self.model, batch)
+                array = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                for tracker in self.accelerator.trackers:
+                    if hasattr(tracker, "log_images"):
+                        tracker.log_images({"samples": array}, step=done)  # pyright: ignore[reportAttributeAccessIssue]
+        self.accelerator.wait_for_everyone()
+        self.since = time.perf_counter()
+
+    def save(self, done: int) -> None:
+        """A state to resume from, and the network with its averaged weights as `OUT/model`."""
+        checkpoint.save_state(self.accelerator, self.model, self.ema, done, self.out, self.config.keep)
+        if self.accelerator.is_main_process:
+            with averaged(self.model, self.ema):
+                checkpoint.export(self.model, self.out / "model")
+        self.accelerator.wait_for_everyone()
+        self.since = time.perf_counter()
+
+
+def train(
+    config: TrainConfig,
+    model: nn.Module,
+    loss_fn: LossFn,
+    dataset: Dataset,
+    validation: Dataset | None = None,
+    sample_fn: SampleFn | None = None,
+) -> Path:
+    """Trains `model` on `dataset`; returns the folder of the exported network, which carries the averaged weights.
+
+    `loss_fn(model, batch) -> (loss, metrics)`: a scalar and a dictionary of scalars; its randomness comes from
+    `batch["draws"]` alone. `sample_fn(model, batch)` makes pictures (n, 3, h, w) in [−1, 1] from a validation batch.
+    Ctrl-C saves the state and returns. Raises ValueError for a config that cannot run, FloatingPointError for a loss
+    that is not finite (nothing is saved after it).
+    """
+    run = _Run(config, model, dataset)  # pyright: ignore[reportArgumentType]
+    batches = run.batches(dataset)
+    done = run.start
+    with _Interrupt() as interrupt, run.bar:
+        for step in range(run.start, config.steps):
+            run.update(step, loss_fn, batches)
+            done = step + 1
+            stop = done == config.steps or interrupt.agreed(run.accelerator)
+            if stop or any(done % every == 0 for every in (config.log_every, config.validate_every, config.save_every)):
+                run.report(done)
+            if validation is not None and (stop or done % config.validate_every == 0):
+                run.validate(done, loss_fn, validation, sample_fn)
+            if stop or done % config.save_every == 0:
+                run.save(done)
+            if stop:
+                break
+    run.accelerator.end_training()
+    if done < config.steps and run.accelerator.is_main_process:
+        print(f"stopped after step {done} of {config.steps}; go on with --resume", file=sys.stderr)
+    return Path(config.out) / "model"

@@ -1,0 +1,102 @@
+"""The upsamplers' loss (§2.1), and the command that trains one: `python -m upsamplers.train --config recipes/….yaml`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
+from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.sampling import clamped, guided, make_sampler, picture_generators, sample, starting_noise
+from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, train
+from upsamplers.degradations import bsr, downsample, gaussian_blur
+from upsamplers.upsampler import Upsampler
+
+Degradation = Literal["none", "blur", "bsr-light", "bsr-full"]
+
+
+@dataclass
+class UpsamplerConfig:
+    """Trains an upsampler on random crops of pictures of its target size."""
+
+    model: dict[str, Any]  # arguments of upsamplers.Upsampler
+    train: TrainConfig
+    data: DataConfig
+    crop: int  # side of a training crop in pixels of the target; the paper takes a quarter of the picture's side
+    degradation: Degradation
+    validation: DataConfig | None = None
+    schedule: Literal["cosine", "linear"] = "cosine"
+    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    weighting: Literal["none", "min_snr"] = "none"
+    gamma: float = 5.0  # of min-SNR
+    lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned
+
+
+def random_crops(x0: Tensor, size: int, draws: Draws) -> Tensor:
+    """One crop (b, 3, size, size) of each picture (b, 3, h, w), its corner uniform over the picture."""
+    height, width = x0.shape[-2:]
+    if size > min(height, width):
+        raise ValueError(f"a crop of {size} px does not fit a {width}×{height} picture: lower `crop`.")
+    tops, lefts = draws.integers(height - size + 1).tolist(), draws.integers(width - size + 1).tolist()
+    rows = zip(x0, tops, lefts, strict=True)
+    return torch.stack([x[:, top : top + size, left : left + size] for x, top, left in rows])
+
+
+def degrade(x0: Tensor, factor: int, degradation: Degradation, draws: Draws) -> Tensor:
+    """The low-resolution picture (b, 3, h/factor, w/factor) that an upsampler is given for x0 (b, 3, h, w)."""
+    if degradation in ("bsr-light", "bsr-full"):
+        return bsr(x0, draws, degradation.removeprefix("bsr-"), factor)
+    low = downsample(x0, factor)
+    return gaussian_blur(low) if degradation == "blur" else low
+
+
+def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -> LossFn:
+    """L_simple of the config's parametrisation on a crop, given the crop's degraded low-resolution picture."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        draws = batch["draws"]
+        x0, _ = draw_pictures_and_captions(batch, draws, config.data.background)
+        x0 = random_crops(x0, config.crop, draws)
+        low = degrade(x0, factor, config.degradation, draws)
+        t = draws.integers(diffusion.num_steps)
+        noise = draws.normal(*x0.shape[1:])
+        x_t = diffusion.add_noise(x0, noise, t)
+        output = model(x_t, t, low=low)
+        loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb)
+        return loss.mean(), {}
+
+    return loss_fn
+
+
+def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, steps: int = 8) -> SampleFn:
+    """Upsamples degraded crops of a batch, for the grid of a tracker."""
+
+    def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
+        x0, _ = draw_pictures_and_captions(batch, batch["draws"], 0.0)
+        x0 = random_crops(x0, config.crop, batch["draws"])
+        context = model.encode_context(low=degrade(x0, factor, config.degradation, batch["draws"]))  # pyright: ignore
+        generators = picture_generators(range(len(x0)), "upsampler")
+        x_T = starting_noise(x0.shape[1:], generators, x0.device)
+        denoise = clamped(guided(model, context, None, 1.0), Diffusion.from_scheduler(scheduler))
+        return sample(denoise, make_sampler(scheduler, "ddim"), x_T, steps, generators)
+
+    return sample_fn
+
+
+def run(config: UpsamplerConfig) -> Path:
+    """Trains an upsampler; returns the folder of the exported network."""
+    dataset = ShardDataset(config.data)
+    validation = ShardDataset(config.validation) if config.validation else None
+    model = Upsampler(**config.model)
+    factor = model.config["factor"]
+    scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
+    scheduler.save_pretrained(Path(config.train.out) / "scheduler")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loss_fn = upsampler_loss(config, factor, Diffusion.from_scheduler(scheduler).to(device))
+    return train(config.train, model, loss_fn, dataset, validation, upsampler_samples(config, factor, scheduler))
+
+
+if __name__ == "__main__":
+    main(UpsamplerConfig, run)
