@@ -1,0 +1,166 @@
+"""Decoder P(x | z_i, y): how the image embedding and the caption enter the U-Net (paper §2.1)."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
+
+from unclip.core.layers import KeysValues, TimeConditioning
+from unclip.core.unet import UNet
+
+
+class DecoderContext(NamedTuple):
+    """All of a decoder's computation that depends neither on x_t nor on t; n context tokens, text before CLIP's."""
+
+    keys_values: tuple[KeysValues, ...]  # per attention layer, each (b, heads, n, head_channels)
+    time: Tensor  # (b, time_dim), added to the embedding of t
+    mask: Tensor | None  # (b, n) bool, true on tokens that count; None where there is no text
+
+
+class Decoder(ModelMixin, ConfigMixin):
+    """U-Net that draws pictures of `sample_size` from a CLIP image embedding and, optionally, the caption's tokens.
+
+    Args:
+        z_i_width: width of `z_i`. `z_i_scale` multiplies it on entry: √d gives a unit vector entries of unit variance.
+        z_i_tokens: context tokens made of `z_i` (the paper's four).
+        null_z_i: what stands in for a dropped `z_i`: a learned embedding or zeros (§2.1: either).
+        text_width: width of the text encoder's token states, None for a decoder of `z_i` alone.
+        context_width: width of context tokens, from which each attention layer takes keys and values.
+        sample_size, attention_resolutions: side of a training picture in pixels, and sides of the grids (in positions,
+            after folding by `patch_size`) at which attention runs. Pictures of other sizes keep those levels.
+
+    The other arguments are those of `core.unet.UNet`.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 64,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        patch_size: int = 1,
+        model_channels: int = 192,
+        channel_multipliers: tuple[int, ...] = (1, 2, 3, 4),
+        num_res_blocks: int | tuple[int, ...] = 3,
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        head_channels: int = 64,
+        dropout: float = 0.0,
+        time_conditioning: TimeConditioning = "scale_shift",
+        resblock_updown: bool = True,
+        learned_variance: bool = True,
+        z_i_width: int = 512,
+        z_i_scale: float = 1.0,
+        z_i_tokens: int = 4,
+        null_z_i: Literal["learned", "zeros"] = "learned",
+        text_width: int | None = None,
+        context_width: int = 512,
+    ):
+        super().__init__()
+        if null_z_i not in ("learned", "zeros"):
+            raise ValueError(f"null_z_i is {null_z_i!r}; expected 'learned' or 'zeros'")
+        grids = [sample_size // patch_size // 2**level for level in range(len(channel_multipliers))]
+        if unknown := [side for side in attention_resolutions if side not in grids]:
+            raise ValueError(f"attention_resolutions name {unknown}; the grids of this decoder are {grids}")
+        self.unet = UNet(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            model_channels=model_channels,
+            channel_multipliers=channel_multipliers,
+            num_res_blocks=num_res_blocks,
+            attention_levels=[grids.index(side) for side in attention_resolutions],
+            head_channels=head_channels,
+            context_width=context_width,
+            dropout=dropout,
+            time_conditioning=time_conditioning,
+            resblock_updown=resblock_updown,
+            patch_size=patch_size,
+            learned_variance=learned_variance,
+        )
+        time_dim = self.unet.time_dim
+        self.z_i_width, self.z_i_scale, self.z_i_tokens, self.text_width = z_i_width, z_i_scale, z_i_tokens, text_width
+        self.null_embedding = nn.Parameter(torch.zeros(z_i_width)) if null_z_i == "learned" else None
+        self.time_z_i = nn.Linear(z_i_width, time_dim)
+        self.context_z_i = nn.Linear(z_i_width, z_i_tokens * context_width)
+        self.context_norm = nn.LayerNorm(context_width)
+        if text_width is not None:
+            self.context_text = nn.Linear(text_width, context_width)
+            self.time_text = nn.Linear(text_width, time_dim)
+
+    def encode_context(
+        self,
+        z_i: Tensor,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        drop_z_i: Tensor | None = None,
+        drop_text: Tensor | None = None,
+    ) -> DecoderContext:
+        """Everything the conditions decide (§2.1): z_i enters the time embedding and four context tokens.
+
+        z_i: (b, z_i_width); text: (b, n, text_width), the text encoder's token states, or None; text_mask: (b, n) bool,
+        true on real tokens (None: all are); drop_z_i, drop_text: (b,) bool, true where a sample goes without (None:
+        nowhere). The last real token's state also enters the time embedding (GLIDE). A sample whose text is dropped is
+        exactly the sample computed without text. Raises ValueError on shapes that do not fit.
+        """
+        self.check_conditions(z_i, text, text_mask, drop_z_i, drop_text)
+        z_i = z_i * self.z_i_scale
+        if drop_z_i is not None:
+            null = torch.zeros_like(z_i) if self.null_embedding is None else self.null_embedding.to(z_i.dtype)
+            z_i = torch.where(drop_z_i[:, None], null, z_i)
+        time = self.time_z_i(z_i)  # b time_dim
+        tokens = rearrange(self.context_z_i(z_i), "b (n w) -> b n w", n=self.z_i_tokens)
+        mask = None
+        if text is not None:
+            mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
+            if drop_text is not None:
+                mask = mask & ~drop_text[:, None]
+            positions = torch.arange(1, text.shape[1] + 1, device=text.device)
+            last = (mask * positions).argmax(dim=1)  # b
+            pooled = self.time_text(text[torch.arange(len(text), device=text.device), last])  # b time_dim
+            # `where`, not a product: whatever stands in a dropped or padded row, NaN included, must not get through.
+            time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
+            words = self.context_text(torch.where(mask[..., None], text, torch.zeros_like(text)))
+            tokens = torch.cat([words, tokens], dim=1)  # b n w
+            mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
+        return DecoderContext(self.unet.project_context(self.context_norm(tokens)), time, mask)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: DecoderContext | None = None, **conditions) -> Tensor:
+        """One evaluation. Give `context`, or the keyword arguments of `encode_context`.
+
+        x_t: (b, in_channels, h, w) in about [−1, 1] plus noise; t: (b,) steps 0 … 999.
+        Returns the prediction (b, out_channels, h, w); with learned variance (prediction | variance) along channels.
+        """
+        if (context is None) == (not conditions):
+            raise ValueError("the decoder takes either a context or conditions (z_i=…, text=…): give one of the two")
+        if context is None:
+            context = self.encode_context(**conditions)
+        return self.unet(x_t, t, context.time, context.keys_values, context.mask)
+
+    def check_conditions(
+        self,
+        z_i: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        drop_z_i: Tensor | None,
+        drop_text: Tensor | None,
+    ) -> None:
+        if z_i.ndim != 2 or z_i.shape[1] != self.z_i_width:
+            raise ValueError(f"z_i has shape {tuple(z_i.shape)}; this decoder expects (b, {self.z_i_width})")
+        batch = len(z_i)
+        if text is not None:
+            if self.text_width is None:
+                raise ValueError("this decoder was built without text_width and takes no text; leave text out")
+            if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != self.text_width or text.shape[1] == 0:
+                raise ValueError(f"text has shape {tuple(text.shape)}; expected ({batch}, n, {self.text_width}), n ≥ 1")
+        expected = {
+            "text_mask": (text_mask, None if text is None else tuple(text.shape[:2])),
+            "drop_text": (drop_text, (batch,)),
+            "drop_z_i": (drop_z_i, (batch,)),
+        }
+        for name, (value, shape) in expected.items():
+            if value is not None and (value.dtype != torch.bool or tuple(value.shape) != shape):
+                raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; expected bool of shape {shape}")

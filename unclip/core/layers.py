@@ -1,0 +1,131 @@
+"""Building blocks of the U-Net (ADM, arXiv 2105.05233; GLIDE, arXiv 2112.10741; paper §2.1).
+
+Everything here keeps `channels_last` memory: a picture's tokens are a view of it, never a copy.
+"""
+
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+TimeConditioning = Literal["scale_shift", "additive"]
+Module = TypeVar("Module", bound=nn.Module)
+KeysValues = tuple[Tensor, Tensor]  # each (b, heads, n, head_channels)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of the 32 groups of ADM, or of the most groups of at least four channels where the width is small."""
+    limit = min(32, max(1, channels // 4))
+    groups = next(g for g in range(limit, 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def zero_init(module: Module) -> Module:
+    """Sets every parameter of `module` to zero and returns it: a residual branch then starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def fold(x: Tensor, patch_size: int) -> Tensor:
+    """Folds each patch of pixels into channels: (b, c, h, w) → (b, c·p², h/p, w/p)."""
+    return F.pixel_unshuffle(x, patch_size) if patch_size > 1 else x
+
+
+def unfold(x: Tensor, patch_size: int) -> Tensor:
+    """Undoes `fold`: (b, c·p², h, w) → (b, c, h·p, w·p)."""
+    return F.pixel_shuffle(x, patch_size) if patch_size > 1 else x
+
+
+class Resize(nn.Module):
+    """Halves by averaging, doubles by repeating, or leaves a picture's grid as it is."""
+
+    def __init__(self, direction: Literal["down", "up", "same"]):
+        super().__init__()
+        self.direction = direction
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.direction == "down":
+            return F.avg_pool2d(x, 2)
+        if self.direction == "up":
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+
+class ResBlock(nn.Module):
+    """Residual block of ADM. Its time projection is part of the U-Net's one matrix and comes in as `time`.
+
+    `time` is (b, time_channels): (scale | shift) of the second norm, or an addend before it (`additive`).
+    `direction` resizes inside the block, before the first convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        time_conditioning: TimeConditioning = "scale_shift",
+        direction: Literal["down", "up", "same"] = "same",
+    ):
+        super().__init__()
+        self.scale_shift = time_conditioning == "scale_shift"
+        self.time_channels = 2 * out_channels if self.scale_shift else out_channels
+        self.norm1 = group_norm(in_channels)
+        self.resize = Resize(direction)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        time = time[:, :, None, None]  # b 2c 1 1, or b c 1 1
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))  # b c h w
+        if self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.skip(self.resize(x)) + h
+
+
+class Attention(nn.Module):
+    """Attention of pixels to pixels and, as extra keys and values, to context tokens (GLIDE; paper §2.1).
+
+    `context_width` None: pixels only. `head_channels` must divide `channels`.
+    """
+
+    def __init__(self, channels: int, head_channels: int, context_width: int | None = None):
+        super().__init__()
+        if channels % head_channels:
+            raise ValueError(f"attention over {channels} channels: head_channels must divide them, got {head_channels}")
+        self.heads = channels // head_channels
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.context_kv = nn.Linear(context_width, 2 * channels) if context_width else None
+        self.out = zero_init(nn.Linear(channels, channels))
+
+    def project_context(self, tokens: Tensor) -> KeysValues:
+        """Keys and values of context tokens (b, n, context_width): two tensors (b, heads, n, head_channels)."""
+        if self.context_kv is None:
+            raise ValueError("this attention layer was built without context_width and takes no context tokens")
+        k, v = rearrange(self.context_kv(tokens), "b n (two heads c) -> two b heads n c", two=2, heads=self.heads)
+        return k, v
+
+    def forward(self, x: Tensor, context: KeysValues | None = None, mask: Tensor | None = None) -> Tensor:
+        """x: (b, c, h, w); context: what `project_context` gave; mask: (b, n) bool, true where a token counts."""
+        height = x.shape[2]
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        qkv = rearrange(self.qkv(tokens), "b n (three heads c) -> three b heads n c", three=3, heads=self.heads)
+        q, k, v = qkv.unbind(0)  # b heads n c
+        if context is not None:
+            k = torch.cat([context[0].to(k.dtype), k], dim=2)
+            v = torch.cat([context[1].to(v.dtype), v], dim=2)
+        if mask is not None:
+            mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None, :]  # b 1 1 n, broadcast over heads, pixels
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        h = self.out(rearrange(h, "b heads n c -> b n (heads c)"))
+        return x + rearrange(h, "b (h w) c -> b c h w", h=height)

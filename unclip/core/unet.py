@@ -1,0 +1,214 @@
+"""The one U-Net, of decoder and upsamplers (ADM, arXiv 2105.05233, as GLIDE and paper §2.1 use it)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from unclip.core.layers import (
+    Attention,
+    KeysValues,
+    ResBlock,
+    Resize,
+    TimeConditioning,
+    fold,
+    group_norm,
+    unfold,
+    zero_init,
+)
+
+
+class Resample(nn.Module):
+    """Resize by a plain convolution: what stands between two levels where `resblock_updown` is off."""
+
+    def __init__(self, channels: int, direction: Literal["down", "up"]):
+        super().__init__()
+        down = direction == "down"
+        self.resize = nn.Identity() if down else Resize("up")
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.resize(x))
+
+
+class Stage(nn.Module):
+    """What stands between two skip connections: a residual block, an attention layer, a resize, each optional."""
+
+    def __init__(
+        self, block: ResBlock | None = None, attention: Attention | None = None, resize: nn.Module | None = None
+    ):
+        super().__init__()
+        self.block, self.attention, self.resize = block, attention, resize
+
+    def forward(
+        self, x: Tensor, times: Sequence[Tensor], context: KeysValues | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """times: the time projections of the stage's residual blocks, in order."""
+        remaining = iter(times)
+        if self.block is not None:
+            x = self.block(x, next(remaining))
+        if self.attention is not None:
+            x = self.attention(x, context, mask)
+        if self.resize is not None:
+            x = self.resize(x, next(remaining)) if isinstance(self.resize, ResBlock) else self.resize(x)
+        return x
+
+    def res_blocks(self) -> list[ResBlock]:
+        return [module for module in (self.block, self.resize) if isinstance(module, ResBlock)]
+
+
+class UNet(nn.Module):
+    """U-Net over pictures (b, in_channels, h, w), conditioned on t, an addend to its embedding and context tokens.
+
+    `model_channels` times each of `channel_multipliers` is the width of a level, the finest first; each next level
+    halves the grid. `num_res_blocks` is one count for all levels or one per level. `attention_levels` are indices of
+    levels; where there is any, the middle has one too. `head_channels` is an attention head's width. `patch_size` folds
+    pixels into channels first and unfolds them last: h and w must be divisible by
+    `patch_size · 2^(levels − 1)`. `learned_variance` doubles the output: (prediction | variance) along channels.
+    `context_width` None means attention of pixels to pixels only.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        model_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int | Sequence[int],
+        attention_levels: Sequence[int] = (),
+        head_channels: int = 64,
+        context_width: int | None = None,
+        dropout: float = 0.0,
+        time_conditioning: TimeConditioning = "scale_shift",
+        resblock_updown: bool = True,
+        patch_size: int = 1,
+        learned_variance: bool = False,
+    ):
+        super().__init__()
+        levels = len(channel_multipliers)
+        counts = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        if not levels or len(counts) != levels or min(counts) < 1 or min(channel_multipliers) < 1:
+            raise ValueError(
+                f"channel_multipliers {list(channel_multipliers)} and num_res_blocks {counts} must be positive, "
+                "with one count for all levels or one per level"
+            )
+        if patch_size not in (1, 2, 4, 8):
+            raise ValueError(f"patch_size is {patch_size}; expected 1, 2, 4 or 8")
+        if time_conditioning not in ("scale_shift", "additive"):
+            raise ValueError(f"time_conditioning is {time_conditioning!r}; expected 'scale_shift' or 'additive'")
+        if any(not 0 <= level < levels for level in attention_levels):
+            raise ValueError(f"attention_levels {list(attention_levels)} name a level outside 0 … {levels - 1}")
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.multiple = patch_size * 2 ** (levels - 1)
+        self.time_dim = 4 * model_channels
+        self.gradient_checkpointing = False
+
+        widths = [model_channels * multiplier for multiplier in channel_multipliers]
+        area = patch_size**2
+
+        def block(n_in: int, n_out: int, direction: Literal["down", "up", "same"] = "same") -> ResBlock:
+            return ResBlock(n_in, n_out, dropout, time_conditioning, direction)
+
+        def attention(level: int) -> Attention | None:
+            return Attention(widths[level], head_channels, context_width) if level in attention_levels else None
+
+        def resize(width: int, direction: Literal["down", "up"]) -> nn.Module:
+            return block(width, width, direction) if resblock_updown else Resample(width, direction)
+
+        self.time_steps = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedding = TimestepEmbedding(model_channels, self.time_dim)
+        self.input = nn.Conv2d(in_channels * area, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        skips, width = [widths[0]], widths[0]
+        for level in range(levels):
+            for _ in range(counts[level]):
+                self.down.append(Stage(block(width, widths[level]), attention(level)))
+                width = widths[level]
+                skips.append(width)
+            if level < levels - 1:
+                self.down.append(Stage(resize=resize(width, "down")))
+                skips.append(width)
+        middle = Attention(width, head_channels, context_width) if attention_levels else None
+        self.middle = nn.ModuleList([Stage(block(width, width), middle), Stage(block(width, width))])
+        for level in reversed(range(levels)):
+            for i in range(counts[level] + 1):
+                up = resize(widths[level], "up") if level > 0 and i == counts[level] else None
+                self.up.append(Stage(block(width + skips.pop(), widths[level]), attention(level), up))
+                width = widths[level]
+        self.norm = group_norm(width)
+        self.output = zero_init(nn.Conv2d(width, out_channels * area * (2 if learned_variance else 1), 3, padding=1))
+        # One matrix for the time projections of all residual blocks: one product a step in place of dozens.
+        self.time_widths = [[b.time_channels for b in stage.res_blocks()] for stage in self.stages()]
+        self.time_projection = nn.Linear(self.time_dim, sum(map(sum, self.time_widths)))
+
+    def stages(self) -> list[Stage]:
+        """All stages in the order in which they run."""
+        return [*self.down, *self.middle, *self.up]  # type: ignore[list-item]
+
+    def attention_layers(self) -> list[Attention]:
+        """The attention layers in the order in which they run: that of the keys and values `forward` takes."""
+        return [stage.attention for stage in self.stages() if stage.attention is not None]
+
+    def project_context(self, tokens: Tensor) -> tuple[KeysValues, ...]:
+        """Keys and values of context tokens (b, n, context_width), for each attention layer."""
+        return tuple(layer.project_context(tokens) for layer in self.attention_layers())
+
+    def embed_time(self, t: Tensor, addend: Tensor | None) -> list[list[Tensor]]:
+        """Time projections (b, time_channels) of each stage's residual blocks, of t (b,) plus addend (b, time_dim)."""
+        sines = self.time_steps(t).to(self.time_projection.weight.dtype)
+        embedding = self.time_embedding(sines)  # b time_dim
+        if addend is not None:
+            embedding = embedding + addend
+        projections = self.time_projection(F.silu(embedding))
+        parts = iter(projections.split([width for widths in self.time_widths for width in widths], dim=1))
+        return [[next(parts) for _ in widths] for widths in self.time_widths]
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        addend: Tensor | None = None,
+        keys_values: Sequence[KeysValues] | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """One evaluation.
+
+        x: (b, in_channels, h, w); t: (b,) steps 0 … 999; addend: (b, time_dim), added to the embedding of t;
+        keys_values: what `project_context` gave; mask: (b, n) bool, true on context tokens that count.
+        Returns (b, out_channels, h, w), or (b, 2·out_channels, h, w) with learned variance.
+        """
+        check_picture("x_t", x, self.in_channels, self.multiple)
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected one step per picture: ({x.shape[0]},)")
+        times = iter(self.embed_time(t, addend))
+        contexts = iter(keys_values or ())
+        h = self.input(fold(x, self.patch_size).contiguous(memory_format=torch.channels_last))  # b c h w
+        skips = [h]
+        for stage in self.down:
+            h = self.run(stage, h, times, contexts, mask)
+            skips.append(h)
+        for stage in self.middle:
+            h = self.run(stage, h, times, contexts, mask)
+        for stage in self.up:
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), times, contexts, mask)
+        return unfold(self.output(F.silu(self.norm(h))), self.patch_size)
+
+    def run(self, stage, h: Tensor, times, contexts, mask: Tensor | None) -> Tensor:
+        """Runs one stage on the next of the time projections and contexts; recomputes it backward if asked to."""
+        arguments = (h, next(times), next(contexts, None) if stage.attention is not None else None, mask)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, *arguments, use_reentrant=False)
+        return stage(*arguments)
+
+
+def check_picture(name: str, x: Tensor, channels: int, multiple: int) -> None:
+    """Raises ValueError unless x is (b, channels, h, w) with h and w divisible by `multiple`."""
+    if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % multiple or x.shape[3] % multiple or 0 in x.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; expected (b, {channels}, h, w) with h and w divisible by {multiple}"
+        )
