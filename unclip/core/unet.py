@@ -69,7 +69,8 @@ class UNet(nn.Module):
     levels; where there is any, the middle has one too. `head_channels` is an attention head's width. `patch_size` folds
     pixels into channels first and unfolds them last: h and w must be divisible by
     `patch_size · 2^(levels − 1)`. `learned_variance` doubles the output: (prediction | variance) along channels.
-    `context_width` None means attention of pixels to pixels only.
+    `context_width` None means attention of pixels to pixels only. `time_dim` is the width of the time embedding,
+    4 times `model_channels` unless given.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class UNet(nn.Module):
         resblock_updown: bool = True,
         patch_size: int = 1,
         learned_variance: bool = False,
+        time_dim: int | None = None,
     ):
         super().__init__()
         levels = len(channel_multipliers)
@@ -105,7 +107,7 @@ class UNet(nn.Module):
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.multiple = patch_size * 2 ** (levels - 1)
-        self.time_dim = 4 * model_channels
+        self.time_dim = time_dim or 4 * model_channels
         self.gradient_checkpointing = False
 
         widths = [model_channels * multiplier for multiplier in channel_multipliers]
