@@ -1,7 +1,7 @@
 """Sampling: one loop over diffusers' schedulers, guidance, and one generator per picture.
 
-Every list of timesteps is right for every scheduler: the loop runs a copy of the scheduler whose chain consists of the kept
-steps alone, with the kept ᾱ, so that a step of the copy always goes to its neighbour (Improved DDPM §4, "respacing").
+Every list of timesteps is right for every scheduler: the loop runs a copy of the scheduler whose chain consists of the
+kept steps alone, with the kept ᾱ, so that a step of the copy always goes to its neighbour (Improved DDPM §4).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {"solver_type": "bh2"}),
     "unclip": (UnCLIPScheduler, {}),
 }
+ANCESTRAL = (DDPMScheduler, UnCLIPScheduler)
 # Both end at σ = 0 by a step of first order, the only one that is finite there.
 MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 SPACED_BY_SIGMA = (
@@ -54,10 +56,10 @@ SPACED_BY_SIGMA = (
 def make_sampler(scheduler_or_config: Any, solver: Solver = "ddpm", **options: Any) -> Any:
     """The diffusers scheduler that samples what a stored scheduler was trained for.
 
-    Schedule, prediction type, spacing and clamping come from the stored one; `options` are fields of the new one's config
-    that replace them (`timestep_spacing="linspace"`, `solver_order=3`, `clip_sample=False`). `clip_sample` and
+    Schedule, prediction type, spacing and clamping come from the stored one; `options` are fields of the new one's
+    config that replace them (`timestep_spacing="linspace"`, `solver_order=3`, `clip_sample=False`). `clip_sample` and
     `clip_sample_range` are kept in the config of every solver, and `sample` obeys them.
-    Raises ValueError for an unknown solver or option, or what the solver cannot do (UnCLIPScheduler: v, linear schedule).
+    Raises ValueError for an unknown solver or option, or what a solver cannot do (UnCLIPScheduler: v, linear schedule).
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown, expected one of {', '.join(SOLVERS)}")
@@ -76,9 +78,7 @@ def make_sampler(scheduler_or_config: Any, solver: Solver = "ddpm", **options: A
         wanted.pop("variance_type", None)
     if cls is UnCLIPScheduler:
         if wanted.get("prediction_type") == "v_prediction":
-            raise ValueError(
-                "UnCLIPScheduler cannot sample v-prediction: take solver 'ddpm', which does the same steps"
-            )
+            raise ValueError("UnCLIPScheduler cannot sample v_prediction: take solver 'ddpm', whose steps are the same")
         learned = wanted.get("variance_type") == "learned_range"
         wanted["variance_type"] = "learned_range" if learned else "fixed_small_log"
     sampler = cls(**{name: value for name, value in wanted.items() if name in known})
@@ -103,11 +103,12 @@ def resolve_timesteps(scheduler: Any, timesteps: int | Sequence[int]) -> list[in
             return [total - 1]
         own = type(scheduler).from_config(scheduler.config)
         own.set_timesteps(timesteps)
-        return [int(t) for t in own.timesteps]
+        # Spacings with rounding may name a step twice, or −1.
+        return list(dict.fromkeys(int(t) for t in own.timesteps if t >= 0))
     steps = [int(t) for t in timesteps]
     if not steps or min(steps) < 0 or max(steps) >= total:
         raise ValueError(f"timesteps {steps} must be a list of at least one step within 0 to {total - 1}")
-    if any(a == b for a, b in zip(steps, steps[1:], strict=False)):
+    if any(a == b for a, b in pairwise(steps)):
         raise ValueError(f"timesteps {steps} repeat a step: each must be lower than the one before, or go back up")
     if len(steps) > 1 and steps[-1] > steps[-2]:
         raise ValueError(f"timesteps {steps} end by going up: they must end going down")
@@ -117,11 +118,12 @@ def resolve_timesteps(scheduler: Any, timesteps: int | Sequence[int]) -> list[in
 def respaced(scheduler: Any, steps: Sequence[int]) -> Any:
     """A fresh copy of the scheduler whose chain is `steps`, falling: its step k is steps[−1−k], its ᾱ_k the kept ᾱ."""
     count = len(steps)
-    kept = scheduler.alphas_cumprod.double()[list(reversed(steps))]
+    kept = scheduler.alphas_cumprod.cpu().double()[list(reversed(steps))]
     options = {"num_train_timesteps": count, "trained_betas": None, "timestep_spacing": "trailing", "steps_offset": 0}
     if isinstance(scheduler, MULTISTEP):
         options |= {"final_sigmas_type": "zero", "lower_order_final": True, "lambda_min_clipped": -float("inf")}
-    copy = type(scheduler).from_config(scheduler.config, **options)
+        options["variance_type"] = None
+    copy: Any = type(scheduler).from_config(scheduler.config, **options)
     alphas = kept / torch.cat([kept.new_ones(1), kept[:-1]])
     # ᾱ is set, not computed anew from β: where β is close to 1, 1 − β has no digits left in float32.
     copy.alphas_cumprod, copy.alphas, copy.betas = kept.float(), alphas.float(), (1 - alphas).float()
@@ -134,7 +136,7 @@ def respaced(scheduler: Any, steps: Sequence[int]) -> Any:
 
 def _falling_runs(steps: Sequence[int]) -> list[list[int]]:
     runs = [[steps[0]]]
-    for previous, step in zip(steps, steps[1:], strict=False):
+    for previous, step in pairwise(steps):
         if step > previous:
             runs.append([step])
         else:
@@ -158,21 +160,23 @@ def sample(
 ) -> Tensor:
     """From noise to x0, (b, c, …), in x_T's dtype.
 
-    denoise(x_t, t) is called with x_t in float32, (b, c, …), and t (b,), and returns the network's prediction, (b, c, …), or
-    with variance channels, (b, 2c, …), which go to schedulers that use them and are cut for those that do not.
-    timesteps: how many (the scheduler's own spacing), or which. From each step the run goes to the next in the list, from the
-    last to x0. Where the list goes back up, x_t is noised forward to the higher level by the ratio of the two ᾱ (resampling),
-    without a call of the network. generators: one per picture; all noise of picture i comes from generator i.
-    callback(i, t, x_t): after the i-th call of the network, the step it was called at, and the state reached.
-    eta: DDIM's η in [0, 1]; 0 is deterministic. The scheduler is not changed.
-    The config's `clip_sample` holds for every scheduler, for those that know no clamping by `clamped`.
+    denoise(x_t, t) is called with x_t in float32, (b, c, …), and t (b,), and returns the network's prediction,
+    (b, c, …), or with variance channels, (b, 2c, …), which go to schedulers that use them and are cut for the others.
+    timesteps: how many (the scheduler's own spacing), or which. From each step the run goes to the next in the list,
+    from the last to x0. Where the list goes back up, x_t is noised forward to the higher level by the ratio of the two
+    ᾱ (resampling), without a call of the network.
+    generators: one per picture; all noise of picture i comes from generator i.
+    callback(i, t, x_t): after call number i of the network, from 0: the step it was called at, and the state reached.
+    eta: DDIM's η in [0, 1]; 0 is deterministic.
+    The config's `clip_sample` holds for every scheduler, by `clamped` for those that do not clamp. The scheduler is
+    not changed. Raises TypeError or ValueError for what does not fit, before the first call.
     """
     _check_run(scheduler, x_T, generators, eta)
     steps = resolve_timesteps(scheduler, timesteps)
     generators = list(generators)
-    clip = float(scheduler.config.get("clip_sample_range") or 1.0) if scheduler.config.get("clip_sample") else None
-    if clip is not None and isinstance(scheduler, MULTISTEP):
-        denoise = clamped(denoise, Diffusion.from_scheduler(scheduler).to(x_T.device), clip)
+    diffusion = Diffusion.from_scheduler(scheduler).to(x_T.device)
+    if diffusion.clip is not None and isinstance(scheduler, MULTISTEP):
+        denoise = clamped(denoise, diffusion, diffusion.clip)
     x, runs, calls = x_T.float(), _falling_runs(steps), 0
     for i, run in enumerate(runs):
         if i > 0:
@@ -193,9 +197,7 @@ def _check_run(scheduler: Any, x_T: Tensor, generators: Sequence[torch.Generator
     supported = tuple({cls for cls, _ in SOLVERS.values()})
     if not isinstance(scheduler, supported):
         names = ", ".join(sorted(cls.__name__ for cls in supported))
-        raise TypeError(
-            f"cannot sample with {type(scheduler).__name__}: make a sampler of it by make_sampler ({names})"
-        )
+        raise TypeError(f"cannot sample with {type(scheduler).__name__}, expected one of {names}: take make_sampler")
     if x_T.ndim < 2 or not x_T.is_floating_point():
         raise ValueError(f"x_T is {x_T.dtype} {tuple(x_T.shape)}, expected floating point of shape (b, c, …)")
     if isinstance(generators, torch.Generator) or len(generators) != len(x_T):
@@ -218,18 +220,18 @@ def _step_options(chain: Any, generators: list[torch.Generator], eta: float) -> 
 
 def _fit_channels(output: Tensor, x: Tensor, chain: Any) -> Tensor:
     channels = x.shape[1]
-    uses_variance = getattr(chain, "variance_type", None) == "learned_range"
+    uses_variance = isinstance(chain, ANCESTRAL) and chain.config["variance_type"] == "learned_range"
     allowed = (2 * channels,) if uses_variance else (channels, 2 * channels)
     if output.shape[1] not in allowed or output.shape[2:] != x.shape[2:] or len(output) != len(x):
         raise ValueError(
-            f"denoise returned {tuple(output.shape)} for x_t {tuple(x.shape)}, expected {' or '.join(map(str, allowed))} "
-            f"channels with {type(chain).__name__} and variance_type {chain.config.get('variance_type')!r}"
+            f"denoise returned {tuple(output.shape)} for x_t {tuple(x.shape)}, expected that shape with "
+            f"{' or '.join(map(str, allowed))} channels (variance_type is {chain.config.get('variance_type')!r})"
         )
     return output if uses_variance else output[:, :channels]
 
 
 def _renoise(scheduler: Any, x: Tensor, low: int, high: int, generators: list[torch.Generator]) -> Tensor:
-    ratio = float(scheduler.alphas_cumprod[high].double() / scheduler.alphas_cumprod[low].double())
+    ratio = float(scheduler.alphas_cumprod[high]) / float(scheduler.alphas_cumprod[low])
     noise = randn_tensor(x.shape, generator=generators, device=x.device, dtype=x.dtype)
     return ratio**0.5 * x + (1 - ratio) ** 0.5 * noise
 
@@ -244,16 +246,16 @@ def guided(
     guidance_scale: float = 1.0,
     interval: tuple[int, int] | None = None,
 ) -> Denoise:
-    """Classifier-free guidance: a denoise(x_t, t) → ε_∅ + s·(ε_c − ε_∅) that makes one call of 2b, [null, conditional].
+    """Classifier-free guidance: denoise(x_t, t) → ε_∅ + s·(ε_c − ε_∅) by one call of 2b, [null, conditional].
 
-    One call of b where the scale is 1 or there is no null context (conditional), or the scale is 0 (null alone), or, given an
-    interval (lowest t, highest t), outside it (conditional). Variance channels are the conditional half's.
+    One call of b where the scale is 1 or there is no null context (conditional), where it is 0 (null alone), and, given
+    an interval (lowest t, highest t), outside it (conditional). Variance channels are the conditional half's.
 
-    The formula is applied to whatever the network predicts. That is the same as guiding ε: at given x_t and t, ε, x0 and v are
-    affine functions of each other, f(y) = p·y + q, and the weights 1 − s and s of the two halves sum to 1, so
+    The formula is applied to whatever the network predicts. That is the same as guiding ε: at given x_t and t, ε, x0
+    and v are affine functions of each other, f(y) = p·y + q, and the weights 1 − s and s of the halves sum to 1, so
     f((1−s)·y_∅ + s·y_c) = (1−s)·f(y_∅) + s·f(y_c). (Clamping x0 is not affine: it comes after, once.)
 
-    net: net(x_t, t, context) → (b, c, …) or (b, 2c, …); x_t is cast to `net.dtype` where it has one, the result to float32.
+    net: net(x_t, t, context) → (b, c, …) or (b, 2c, …); x_t is cast to `net.dtype` if any, the result to float32.
     """
     if interval is not None and interval[0] > interval[1]:
         raise ValueError(f"interval {interval} must be (lowest t, highest t)")
@@ -306,9 +308,7 @@ def cat_contexts(a: Context, b: Context) -> Context:
     def cat(tensors: tuple[Tensor, ...]) -> Tensor:
         first, second = tensors
         if first.shape[1:] != second.shape[1:]:
-            raise ValueError(
-                f"contexts with {tuple(first.shape)} and {tuple(second.shape)} do not join along the batch"
-            )
+            raise ValueError(f"contexts of {tuple(first.shape)} and {tuple(second.shape)} do not join along the batch")
         return torch.cat([first, second])
 
     return _map(cat, a, b)
@@ -337,7 +337,7 @@ def _map(fn: Callable[[tuple[Tensor, ...]], Tensor], *contexts: Any) -> Any:
 
 
 def picture_generators(seeds: Sequence[int], stage: str) -> list[torch.Generator]:
-    """One CPU generator per picture, a function of (seed, stage name): no stage's draws depend on another's number of steps."""
+    """One CPU generator per picture, a function of (seed, stage name): no stage's steps change another's noise."""
     if any(not isinstance(seed, int) for seed in seeds):
         raise TypeError(f"seeds {list(seeds)} must be integers")
     digests = [hashlib.sha256(f"{seed}:{stage}".encode()).digest() for seed in seeds]
