@@ -198,6 +198,16 @@ class CLIP(nn.Module):
         return self.model.projection_dim
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.mean.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
+    @property
     def text_width(self) -> int:
         """Width w of the token states."""
         return self.model.config.text_config.hidden_size
