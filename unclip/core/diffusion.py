@@ -103,10 +103,11 @@ class Diffusion:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> Diffusion:
-        """The process of any diffusers scheduler: its betas, prediction type, clamping, and if variances are learned."""
+        """The process of any diffusers scheduler: its betas, prediction type, clamping, learned variance or not."""
         config = scheduler.config
         learned = config.get("variance_type") == "learned_range"
-        clip = float(config.get("clip_sample_range") or 1.0) if config.get("clip_sample") else None
+        clips = config.get("clip_sample") and not config.get("thresholding")
+        clip = float(config.get("clip_sample_range") or 1.0) if clips else None
         return cls(scheduler.betas, config["prediction_type"], learned, clip)
 
     def to(self, device: torch.device | str) -> Diffusion:

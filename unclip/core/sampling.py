@@ -99,12 +99,13 @@ def resolve_timesteps(scheduler: Any, timesteps: int | Sequence[int]) -> list[in
     if isinstance(timesteps, int):
         if not 1 <= timesteps <= total:
             raise ValueError(f"{timesteps} sampling steps asked for, expected 1 to {total}")
-        if timesteps == 1:
-            return [total - 1]
+        if timesteps in (1, total):
+            # Where the spacings divide by zero, or start at 0.
+            return list(range(total - 1, -1, -1))[:timesteps]
         own = type(scheduler).from_config(scheduler.config)
         own.set_timesteps(timesteps)
-        # Spacings with rounding may name a step twice, or −1.
-        return list(dict.fromkeys(int(t) for t in own.timesteps if t >= 0))
+        # "trailing" may name −1 where its float steps add up to a little less than the whole.
+        return [int(t) for t in own.timesteps if t >= 0]
     steps = [int(t) for t in timesteps]
     if not steps or min(steps) < 0 or max(steps) >= total:
         raise ValueError(f"timesteps {steps} must be a list of at least one step within 0 to {total - 1}")
