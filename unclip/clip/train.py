@@ -1,0 +1,133 @@
+"""CLIP's loss, and the command that trains it: `python -m unclip.clip.train --config recipes/emoji/clip.yaml`."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
+
+from unclip.clip.evaluate import evaluate
+from unclip.clip.model import CLIP, CLIPArguments
+from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
+from unclip.core.train import Batch, LossFn, TrainConfig, main, train
+
+Same = Literal["none", "caption", "concept"]
+
+
+@dataclass
+class CLIPConfig:
+    """Trains CLIP by contrastive loss; afterwards evaluates it on the splits `evaluate`."""
+
+    model: CLIPArguments
+    train: TrainConfig
+    data: DataConfig
+    validation: DataConfig | None = None
+    evaluate: list[str] = field(default_factory=list)  # splits; figures go to OUT/evaluation.json
+    templates: list[str] = field(default_factory=lambda: ["{}"])  # prompt ensemble of the zero-shot figures
+    same: Same = "concept"  # two samples that share it are no negatives of each other
+    shift: float = 0.0  # pictures move by up to this part of their side
+    zoom: float = 0.0  # and are scaled by a factor up to 1 ± this
+    flip: float = 0.0  # and are mirrored with this probability
+
+
+def contrastive_loss(z_i: Tensor, z_t: Tensor, logit_scale: Tensor, keys: Tensor | None = None) -> Tensor:
+    """Symmetric cross-entropy over the pairs of all processes (CLIP, fig. 3), ().
+
+    z_i, z_t: unit norm (b, d), row by row pairs; logit_scale: () factor of the cosines. keys: integers (b,); a pair of
+    different samples with equal keys (the same concept, say) is left out of both softmaxes: it is no negative.
+    Other processes' embeddings are gathered with gradient, so that the mean of the processes' gradients, which is
+    what DDP takes, is that of one process with the whole batch.
+    """
+    if z_i.shape != z_t.shape or z_i.ndim != 2:
+        raise ValueError(f"z_i is {tuple(z_i.shape)} and z_t {tuple(z_t.shape)}, expected one shape (b, d).")
+    all_i, all_t, all_keys, first = z_i, z_t, keys, 0
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        all_i, all_t = torch.cat(all_gather(z_i.contiguous())), torch.cat(all_gather(z_t.contiguous()))
+        all_keys = None if keys is None else torch.cat(all_gather(keys))
+        first = dist.get_rank() * len(z_i)
+    own = torch.arange(first, first + len(z_i), device=z_i.device)
+    logits_i = logit_scale * z_i @ all_t.T  # b, b of all processes
+    logits_t = logit_scale * z_t @ all_i.T
+    if keys is not None and all_keys is not None:
+        same = keys[:, None] == all_keys[None]
+        same[torch.arange(len(own), device=own.device), own] = False
+        logits_i, logits_t = logits_i.masked_fill(same, -math.inf), logits_t.masked_fill(same, -math.inf)
+    return (F.cross_entropy(logits_i, own) + F.cross_entropy(logits_t, own)) / 2
+
+
+def keys_of(texts: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
+    """Equal int64 for equal texts, the same in every process: (b,)."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], device=device)
+
+
+def augment(x: Tensor, draws: Draws, shift: float = 0.0, zoom: float = 0.0, flip: float = 0.0) -> Tensor:
+    """Pictures (b, 3, h, w) moved, scaled and mirrored, each by its own draw; edges are continued."""
+    if shift == zoom == flip == 0:
+        return x
+    u = draws.uniform(4).to(x.device)
+    scale = 1 + zoom * (2 * u[:, 0] - 1)
+    mirror = 1 - 2 * (u[:, 1] < flip).to(x.dtype)
+    theta = x.new_zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = mirror / scale, 1 / scale
+    theta[:, :, 2] = 2 * shift * (2 * u[:, 2:] - 1)  # the grid's side is 2
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def clip_loss(config: CLIPConfig, clip: CLIP) -> LossFn:
+    """`clip` tokenises; it is the network that is trained, before any wrapper."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        draws = batch["draws"]
+        x, captions = draw_pictures_and_captions(batch, draws, config.data.background)
+        x = augment(x, draws, config.shift, config.zoom, config.flip) if model.training else x
+        ids, mask = clip.tokenize(captions)
+        z_i, z_t, scale = model(x, ids, mask)
+        texts = {"none": None, "caption": captions, "concept": batch["concept"]}[config.same]
+        loss = contrastive_loss(z_i, z_t, scale, None if texts is None else keys_of(texts, z_i.device))
+        with torch.no_grad():
+            accuracy = ((z_i @ z_t.T).argmax(1) == torch.arange(len(z_i), device=z_i.device)).float().mean()
+        return loss, {"accuracy": accuracy, "logit_scale": scale.detach()}
+
+    return loss_fn
+
+
+def texts_of(dataset: ShardDataset) -> list[str]:
+    """All captions and keywords of a data set, each once: what the vocabulary is made from."""
+    texts = (text for meta in dataset.meta for text in (*meta["captions"], *meta.get("keywords", [])))
+    colours = [f"on a {name} background" for name in COLOURS]
+    return [*dict.fromkeys(texts), *colours]
+
+
+def run(config: CLIPConfig) -> Path:
+    """Trains a CLIP, evaluates it; returns the folder of the exported model (`clip/`, `tokenizer/`)."""
+    dataset = ShardDataset(config.data)
+    validation = ShardDataset(config.validation) if config.validation else None
+    splits = {
+        split: ShardDataset(DataConfig(config.data.path, split, config.data.groups, None, config.data.styles))
+        for split in config.evaluate
+    }
+    torch.manual_seed(config.train.seed)
+    clip = CLIP.build(config.model, texts_of(dataset))
+    folder = train(config.train, clip, clip_loss(config, clip), dataset, validation)
+    if splits and PartialState().is_main_process:
+        trained = CLIP.from_pretrained(folder).to(PartialState().device)
+        labels = sorted({meta["concept"] for data in (dataset, *splits.values()) for meta in data.meta})
+        figures = {split: evaluate(trained, data, labels, config.templates) for split, data in splits.items()}
+        (Path(config.train.out) / "evaluation.json").write_text(json.dumps(figures, indent=2))
+        print(json.dumps(figures))
+    return folder
+
+
+if __name__ == "__main__":
+    main(CLIPConfig, run)
