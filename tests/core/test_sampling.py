@@ -284,6 +284,19 @@ def test_bfloat16_noise_gives_bfloat16_pictures(solver):
     assert set(seen) == {(torch.float32, torch.int64, (2,))}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_another_device_draws_the_same_picture(solver, learned):
+    scheduler, diffusion = toy(learned=learned, clip=True)
+    runs = []
+    for device in ("cpu", "cuda"):
+        generators = picture_generators([0, 1], "decoder")
+        x_T = starting_noise((3, 4, 4), generators, device)
+        runs.append(sample(coupled_denoiser(diffusion, learned), make_sampler(scheduler, solver), x_T, 9, generators))
+    torch.testing.assert_close(runs[0], runs[1].cpu(), rtol=0, atol=1e-3)
+
+
 # Guidance
 
 
