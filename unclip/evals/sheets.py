@@ -33,8 +33,9 @@ def contact_sheet(
         raise ValueError("A cell came without pictures; give each cell at least one.")
     if columns < 1 or side < 8:
         raise ValueError(f"columns={columns}, side={side} came; a sheet needs at least 1 column and 8 pixels a side.")
-    font = ImageFont.load_default(size=max(10, side // 11))
-    gap, line = max(4, side // 16), int(font.size * 1.25)
+    points = max(10, side // 11)
+    font = ImageFont.load_default(size=points)
+    gap, line = max(4, side // 16), int(points * 1.25)
     width = max(len(cell) for cell in cells) * (side + 2) - 2
     wrapped = [wrap(label, font, width) for label in labels]
     height = side + max(len(lines) for lines in wrapped) * line + gap // 2
