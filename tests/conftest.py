@@ -1,0 +1,100 @@
+"""Tiny fixtures that several folders of tests share."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+CAPTIONS = [
+    "a red apple",
+    "a green pear on a plate",
+    "a blue fish, glossy 3D",
+    "two yellow stars",
+    "a small purple house",
+]
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
+    """Moves every weight off where it started: a zero-initialised branch would hide what runs through it."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter += scale * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def write_stages(root: Path) -> dict[str, Path]:
+    """All five networks, tiny and random, as their trainings leave them: `root/<stage>/model`, `root/<stage>/scheduler`."""
+    from decoder.decoder import Decoder
+    from prior.diffusion_prior import DiffusionPrior
+    from unclip.clip.model import CLIP, CLIPArguments
+    from unclip.core.diffusion import make_scheduler
+    from upsamplers.upsampler import Upsampler
+
+    tower = {"dim": 16, "image_size": 16, "patch_size": 8, "vocab_size": 300, "context_length": 24}
+    image = {"image_width": 16, "image_depth": 1, "image_heads": 2}
+    text = {"text_width": 24, "text_depth": 1, "text_heads": 2}
+    small = {"model_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1}
+    networks: dict[str, nn.Module] = {
+        "clip": CLIP.build(CLIPArguments(**tower, **image, **text), CAPTIONS),
+        "prior": DiffusionPrior(embedding_dim=16, text_width=24, width=32, depth=2, heads=2, context_length=24),
+        "decoder": Decoder(
+            **small,
+            sample_size=16,
+            attention_resolutions=(8,),
+            head_channels=8,
+            z_i_width=16,
+            text_width=24,
+            context_width=16,
+            z_i_tokens=2,
+            learned_variance=True,
+        ),
+        "upsampler_256": Upsampler(**small, sample_size=64),
+        "upsampler_1024": Upsampler(**small, sample_size=256, patch_size=2),
+    }
+    schedulers = {
+        "prior": make_scheduler("cosine", "sample", clip_sample=False),
+        "decoder": make_scheduler("cosine", "epsilon", learned_variance=True),
+        "upsampler_256": make_scheduler("cosine", "v_prediction"),
+        "upsampler_1024": make_scheduler("linear", "v_prediction"),
+    }
+    for i, (name, network) in enumerate(networks.items()):
+        randomise(network, seed=i).save_pretrained(root / name / "model")  # pyright: ignore[reportCallIssue]
+        if name in schedulers:
+            schedulers[name].save_pretrained(root / name / "scheduler")
+    return {name: root / name for name in networks}
+
+
+@pytest.fixture(scope="session")
+def tiny_stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The outputs of five trainings, by stage."""
+    return write_stages(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_stages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of sizes 16, 64 and 256 with short presets, built from the networks directly."""
+    from unclip.assemble import load_stage
+    from unclip.pipeline import UnCLIP
+
+    short = {
+        "prior": {"solver": "ddpm", "steps": 4, "guidance_scale": 2.0, "draws": 2},
+        "decoder": {"solver": "dpm++", "steps": 4, "guidance_scale": 2.0},
+        "upsampler_256": {"solver": "ddim", "steps": 2},
+        "upsampler_1024": {"solver": "ddim", "steps": 1},
+    }
+    parts = {}
+    for name, folder in tiny_stages.items():
+        parts |= load_stage(name, folder)
+    pipe = UnCLIP(**parts, presets={"default": short, "fast": short}, license="apache-2.0")
+    return pipe.save_pretrained(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def copy_model(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]:
+    """Makes a copy of the tiny model that a test may damage."""
+    import shutil
+
+    yield lambda: Path(shutil.copytree(tiny_model, tmp_path / "copy"))

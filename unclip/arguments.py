@@ -1,0 +1,137 @@
+"""Checks and conversions of what comes into the pipeline and goes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unclip.core.data import pil_from_pixels
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTypeName = Literal["fp32", "bf16", "fp16", "auto"]
+OutputType = Literal["pil", "np", "pt"]
+Pictures = list[Image.Image] | np.ndarray | Tensor
+MAX_SEED = 2**63 - 1
+MAX_PICTURES = 10_000
+
+
+class Progress(NamedTuple):
+    """One call of a network: its stage, how many calls are done out of how many, and the state x_t it led to."""
+
+    stage: str
+    step: int
+    total: int
+    x_t: Tensor
+
+
+Callback = Callable[[Progress], None]
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """A device by name; "auto" is CUDA or MPS where there is one; None is the CPU. Raises ValueError for what is not there."""
+    has_mps = torch.backends.mps.is_available()
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+    try:
+        place = torch.device(device or "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device {device!r} is unknown; give auto, cpu, cuda or mps.") from error
+    if (place.type == "cuda" and not torch.cuda.is_available()) or (place.type == "mps" and not has_mps):
+        raise ValueError(f"device {str(device)!r} is not to be had on this machine; give auto or cpu.")
+    return place
+
+
+def choose_dtype(dtype: torch.dtype | DTypeName | None, device: torch.device) -> torch.dtype:
+    """A dtype by name; None is fp32; "auto" is bf16 where the device computes in it natively, else fp32. Raises ValueError."""
+    if dtype == "auto":
+        # the CPU's flags have no public name in torch 2.6 to 2.13
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else bool(probe and probe())
+        return torch.bfloat16 if native and device.type != "mps" else torch.float32
+    found = DTYPES.get(dtype or "fp32") if isinstance(dtype, str | None) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r} is unknown; give fp32, bf16, fp16 or auto.")
+    return found
+
+
+def check_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """Prompts as a list. Raises TypeError for what is no text, ValueError for an empty one or none."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    if wrong := [p for p in prompts if not isinstance(p, str)]:
+        raise TypeError(f"a prompt is of type {type(wrong[0]).__name__}; give a string or a list of strings.")
+    if not prompts or any(not p.strip() for p in prompts):
+        raise ValueError("a prompt is empty; say what to draw.")
+    return prompts
+
+
+def check_seeds(seed: int, num_images: int, generator: torch.Generator | None = None) -> list[int]:
+    """The seeds of a prompt's pictures. Raises TypeError or ValueError."""
+    for name, value in (("num_images", num_images), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; give a whole number.")
+    if not 1 <= num_images <= MAX_PICTURES:
+        raise ValueError(f"num_images is {num_images}; ask for 1 to {MAX_PICTURES} pictures.")
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if not 0 <= seed <= MAX_SEED - num_images:
+        raise ValueError(f"seed is {seed}; give one from 0 to {MAX_SEED} with room for {num_images} pictures.")
+    return [seed + i for i in range(num_images)]
+
+
+def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any) -> None:
+    """Raises ValueError where widths or sizes of two components disagree, naming both numbers."""
+    pairs = [
+        ("the prior's embedding width", prior.config["embedding_dim"], "CLIP's", clip.dim),
+        ("the prior's text width", prior.config["text_width"], "CLIP's", clip.text_width),
+        ("the decoder's embedding width", decoder.config["z_i_width"], "CLIP's", clip.dim),
+    ]
+    if decoder.config["text_width"] is not None:
+        pairs.append(("the decoder's text width", decoder.config["text_width"], "CLIP's", clip.text_width))
+    if clip.context_length > prior.config["context_length"]:
+        raise ValueError(
+            f"CLIP reads {clip.context_length} tokens but the prior {prior.config['context_length']}; "
+            "join stages trained together."
+        )
+    side = decoder.config["sample_size"]
+    if upsamplers and upsamplers[0] is None and any(net is not None for net in upsamplers):
+        raise ValueError("the second upsampler came without the first; give both or neither.")
+    for net, name in zip(upsamplers, ("upsampler_256", "upsampler_1024"), strict=False):
+        if net is not None:
+            side *= net.config["factor"]
+            pairs.append((f"the sample size of {name}", net.config["sample_size"], "what the stages before give", side))
+    for one, a, other, b in pairs:
+        if a != b:
+            raise ValueError(
+                f"{one} is {a} but {other} {'is ' if 'give' not in other else ''}{b}; join stages trained together."
+            )
+
+
+def quantised(x: Tensor) -> Tensor:
+    """Pictures in [−1, 1] at the 256 levels of a file."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def as_type(x: Tensor, output_type: OutputType) -> Pictures:
+    """Pictures (b, 3, h, w) in [−1, 1] as PIL images, as float arrays (b, h, w, 3) in [0, 1], or as they are."""
+    if output_type == "pil":
+        return pil_from_pixels(x)
+    return ((x + 1) / 2).permute(0, 2, 3, 1).float().numpy() if output_type == "np" else x
+
+
+def cast(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device, and in the dtype unless it is a mask."""
+    return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+
+
+def reporter(
+    callback: Callback | None, stage: str, steps: int, part: int, parts: int
+) -> Callable[[int, int, Tensor], None] | None:
+    """The sampling loop's callback, for run `part` out of `parts` runs of a stage."""
+    if callback is None:
+        return None
+    return lambda i, _, x_t: callback(Progress(stage, part * steps + i + 1, parts * steps, x_t))

@@ -1,0 +1,236 @@
+"""`unclip …`: one subcommand per function; what a subcommand needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from unclip import __version__
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from unclip.arguments import Progress
+    from unclip.pipeline import UnCLIP
+
+app = typer.Typer(
+    name="unclip",
+    help="Text to image by CLIP latents: caption → z_i → 64 → 256 → 1024 px.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+corpus = typer.Typer(help="Build training corpora.", no_args_is_help=True)
+evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
+app.add_typer(corpus, name="corpus")
+app.add_typer(evals, name="evals")
+
+PICTURES_AT_ONCE = 8
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class DType(StrEnum):
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Bars:
+    """A progress bar per stage on stderr, made of the pipeline's callback."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+        self.stage = ""
+
+    def __call__(self, progress: Progress) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None or progress.stage != self.stage:
+            self.close()
+            self.stage = progress.stage
+            self.bar = tqdm(total=progress.total, desc=f"{progress.stage:15}", file=sys.stderr, leave=True)
+        self.bar.update(progress.step - self.bar.n)
+        if progress.step == progress.total:
+            self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+@app.command()
+def sample(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT…", help="What to draw.", show_default=False)
+    ] = None,
+    from_file: Annotated[Path | None, typer.Option(help="Further prompts, one a line.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("pictures"),
+    num_images: Annotated[int, typer.Option(help="Pictures of each prompt, with seeds SEED, SEED + 1, …")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of a prompt's first picture.")] = 0,
+    size: Annotated[int | None, typer.Option(help="64, 256 or 1024; the largest the model has if left out.")] = None,
+    preset: Annotated[str, typer.Option(help="fast, default or paper, or one of the model's own.")] = "default",
+    guidance: Annotated[float | None, typer.Option(help="The decoder's guidance scale, 1 for none.")] = None,
+    prior_guidance: Annotated[float | None, typer.Option(help="The prior's guidance scale, 1 for none.")] = None,
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures on one sheet.")] = False,
+) -> None:
+    """Draw pictures of prompts; the last line of output is the path of the last picture, or of the sheet."""
+    texts = read_prompts(prompts or [], from_file)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder.")
+    from unclip.arguments import check_prompts, check_seeds
+
+    check_prompts(texts)
+    check_seeds(seed, num_images)
+    from unclip.pipeline import UnCLIP
+
+    quiet_libraries()
+    pipe = UnCLIP.from_pretrained(model, dtype.value, device.value)
+    arguments = {"size": size, "preset": preset, "guidance_scale": guidance, "prior_guidance_scale": prior_guidance}
+    draw(pipe, texts, num_images, seed, arguments, out, grid)
+
+
+def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
+    """Prompts given, then those of a file, one a line, empty lines left out."""
+    if from_file is not None:
+        if not from_file.is_file():
+            raise FileNotFoundError(
+                f"--from-file {from_file} is not there; give a text file with a prompt on each line."
+            )
+        try:
+            lines = from_file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--from-file {from_file} is not UTF-8 text; give a prompt on each line.") from error
+        prompts = [*prompts, *(line.strip() for line in lines if line.strip())]
+    if not prompts:
+        raise ValueError("no prompt came; say what to draw, or name a file of prompts by --from-file.")
+    return prompts
+
+
+def draw(
+    pipe: UnCLIP, prompts: list[str], num_images: int, seed: int, arguments: dict[str, Any], out: Path, with_grid: bool
+) -> None:
+    """Draws, writes each picture as soon as its group of prompts is done, and prints the paths."""
+    from unclip.pictures import grid, picture_path, slug, write_png
+
+    size = arguments["size"] or pipe.sizes[-1]
+    chosen = pipe.settings(arguments["preset"], arguments["guidance_scale"], arguments["prior_guidance_scale"])
+    from unclip.presets import write_presets
+
+    settings = {"size": size, "preset": arguments["preset"], "dtype": str(pipe.dtype).removeprefix("torch.")}
+    settings |= {"device": pipe.device.type, **write_presets({"": chosen})[""]}
+    common = {"settings": json.dumps(settings), "model": pipe.model_name, "software": f"unclip {__version__}"}
+    taken: set[Path] = set()
+    sheet = []
+    group = max(1, PICTURES_AT_ONCE // num_images)
+    unique = list(dict.fromkeys(prompts))
+    with ExitStack() as stack:
+        bars = Bars()
+        stack.callback(bars.close)
+        for start in range(0, len(unique), group):
+            batch = unique[start : start + group]
+            result = pipe(batch, num_images, seed, callback=bars, **arguments)
+            out.mkdir(parents=True, exist_ok=True)
+            for i, (image, own_seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+                prompt = batch[i // num_images]
+                chunks = {"prompt": prompt, "seed": str(own_seed), **common}
+                path = picture_path(out, slug(prompt), own_seed, chunks, taken)
+                taken.add(path)
+                write_png(image, path, chunks)
+                sheet += [image] if with_grid else []
+                typer.echo(path)
+    if with_grid:
+        chunks = {"prompt": "\n".join(unique), "seed": str(seed), "num_images": str(num_images), **common}
+        path = picture_path(out, f"{slug(unique[0])}-grid", seed, chunks, taken)
+        columns = num_images if num_images > 1 else min(len(sheet), max(1, round(len(sheet) ** 0.5)))
+        write_png(grid(sheet, columns), path, chunks)
+        typer.echo(path)
+
+
+@app.command()
+def assemble(
+    clip: Annotated[Path, typer.Option(help="Output folder of CLIP's training.")],
+    prior: Annotated[Path, typer.Option(help="Output folder of the prior's training.")],
+    decoder: Annotated[Path, typer.Option(help="Output folder of the decoder's training.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    upsampler_256: Annotated[Path | None, typer.Option("--upsampler-256")] = None,
+    upsampler_1024: Annotated[Path | None, typer.Option("--upsampler-1024")] = None,
+    dtype: Annotated[DType, typer.Option(help="Of the stored weights.")] = DType.fp16,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "15MB",
+    card: Annotated[Path | None, typer.Option(help="Markdown file that becomes the model card.")] = None,
+    presets: Annotated[Path | None, typer.Option(help="JSON file of presets, over the defaults.")] = None,
+    license: Annotated[str, typer.Option(help="Licence named in the index.")] = "apache-2.0",
+) -> None:
+    """Join trained stages into one model folder."""
+    if dtype is DType.auto:
+        raise ValueError("--dtype auto says nothing about storage; give fp16, bf16 or fp32.")
+    from unclip.assemble import assemble as join
+
+    quiet_libraries()
+    folder = join(
+        out, clip, prior, decoder, upsampler_256, upsampler_1024, dtype.value, max_shard_size, card, presets, license
+    )
+    typer.echo(folder)
+
+
+def quiet_libraries() -> None:
+    """Nothing but our own bars and sentences on stderr."""
+    import transformers
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command line and exits: 0, 2 with one sentence on stderr for bad input, 130 after Ctrl-C."""
+    warnings.showwarning = _warn
+    sys.exit(_status(lambda: app(arguments, standalone_mode=False)))
+
+
+def _status(run: Callable[[], Any]) -> int:
+    try:
+        result = run()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("interrupted; what was finished is kept.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        print(f"unclip: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Pictures as files: names made of prompts, PNG text chunks, grids. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+
+def slug(prompt: str, length: int = 60) -> str:
+    """The prompt as part of a file name: lower case, words joined by hyphens, cut at a word's end; letters of any script stay."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
+    name = "-".join(words)
+    while len(name.encode()) > length:
+        name = name.rpartition("-")[0] if "-" in name else name[:-1]
+    return name or "picture"
+
+
+def picture_path(folder: Path, name: str, seed: int, chunks: Mapping[str, str], taken: set[Path]) -> Path:
+    """`folder/name-seed.png`; where that is another picture's, with a hash of `chunks` in it: nothing else is overwritten.
+
+    Another picture's: one in `taken`, or on disk with other text chunks. A file of the same chunks is the same picture.
+    """
+    path = folder / f"{name}-{seed}.png"
+    if path not in taken and (not path.exists() or read_chunks(path) == dict(chunks)):
+        return path
+    digest = hashlib.sha256(repr(sorted(chunks.items())).encode()).hexdigest()[:8]
+    return folder / f"{name}-{digest}-{seed}.png"
+
+
+def read_chunks(path: Path) -> dict[str, str] | None:
+    """The text chunks of a PNG; None where it is none."""
+    try:
+        with Image.open(path) as image:
+            return dict(getattr(image, "text", {}))
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def write_png(image: Image.Image, path: Path, chunks: Mapping[str, str]) -> None:
+    """Writes a PNG with text chunks, aside first: the name never holds half a picture. Same input, same bytes."""
+    info = PngInfo()
+    for key, value in chunks.items():
+        info.add_text(key, value)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        image.save(aside, format="PNG", pnginfo=info)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
+    """Pictures of one size in rows of `columns`, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
+    return sheet

@@ -1,0 +1,124 @@
+"""How each stage is sampled: solver, steps, guidance. Three named presets; a model may carry its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
+GUIDED = ("prior", "decoder")
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage's sampling.
+
+    solver: a name of `core.sampling.SOLVERS`; steps: a count, or the list of training steps to visit; guidance_scale: 1 is
+    the conditional model, without a second half to each call; draws: how many z_i the prior draws, of which the one with
+    the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config.
+    Raises ValueError for values out of range.
+    """
+
+    solver: str = "ddim"
+    steps: int | tuple[int, ...] = 10
+    guidance_scale: float = 1.0
+    draws: int = 1
+    eta: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, Sequence) and not isinstance(self.steps, str):
+            object.__setattr__(self, "steps", tuple(self.steps))
+        counts = self.steps if isinstance(self.steps, tuple) else (self.steps,)
+        if not counts or any(isinstance(s, bool) or not isinstance(s, int) for s in counts):
+            raise ValueError(
+                f"steps are {self.steps!r}; give a whole number of at least 1, or a list of training steps."
+            )
+        if isinstance(self.steps, int) and self.steps < 1:
+            raise ValueError(f"steps are {self.steps}; give at least 1.")
+        if not isinstance(self.guidance_scale, int | float) or not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance scale is {self.guidance_scale!r}; give a number from 0 to 100, 1 for none.")
+        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or not 1 <= self.draws <= 64:
+            raise ValueError(f"draws are {self.draws!r}; give a whole number from 1 to 64.")
+
+
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {
+        "prior": {"solver": "dpm++", "steps": 8, "guidance_scale": 1.0, "draws": 2},
+        "decoder": {"solver": "dpm++", "steps": 12, "guidance_scale": 2.0},
+        "upsampler_256": {"solver": "ddim", "steps": 3},
+        "upsampler_1024": {"solver": "ddim", "steps": 2},
+    },
+    "default": {
+        "prior": {"solver": "dpm++", "steps": 16, "guidance_scale": 1.0, "draws": 2},
+        "decoder": {"solver": "dpm++", "steps": 25, "guidance_scale": 2.0},
+        "upsampler_256": {"solver": "ddim", "steps": 6},
+        "upsampler_1024": {"solver": "ddim", "steps": 3},
+    },
+    # Table 3; the prior's analytic variance (Analytic-DPM) is here the posterior's
+    "paper": {
+        "prior": {"solver": "ddpm", "steps": 64, "guidance_scale": 1.0, "draws": 2},
+        "decoder": {"solver": "ddpm", "steps": 250, "guidance_scale": 2.0},
+        "upsampler_256": {"solver": "ddim", "steps": 27},
+        "upsampler_1024": {"solver": "ddim", "steps": 15},
+    },
+}
+
+
+def read_presets(presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None) -> dict[str, dict[str, StageSettings]]:
+    """A model's presets over the defaults: {preset: {stage: StageSettings}}.
+
+    A stage that the model's preset leaves out, or a setting within it, is the default's of that name (of "default" for a
+    preset of the model's own). Raises ValueError for an unknown stage or setting, or a value out of range.
+    """
+    merged: dict[str, dict[str, StageSettings]] = {}
+    for name in [*DEFAULTS, *(n for n in presets or {} if n not in DEFAULTS)]:
+        own = (presets or {}).get(name, {})
+        if not isinstance(own, Mapping) or not all(isinstance(values, Mapping) for values in own.values()):
+            raise ValueError(f"preset {name!r} is {own!r}; give a mapping of stages to their settings.")
+        if unknown := [stage for stage in own if stage not in STAGES]:
+            raise ValueError(f"preset {name!r} sets the stage {unknown[0]!r}; the stages are {', '.join(STAGES)}.")
+        base = DEFAULTS.get(name, DEFAULTS["default"])
+        merged[name] = {stage: _stage(name, stage, {**base[stage], **own.get(stage, {})}) for stage in STAGES}
+    return merged
+
+
+def write_presets(presets: Mapping[str, Mapping[str, StageSettings]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The presets as plain JSON types, which `read_presets` reads."""
+    return {
+        name: {
+            stage: {**asdict(s), "steps": list(s.steps) if isinstance(s.steps, tuple) else s.steps}
+            for stage, s in stages.items()
+        }
+        for name, stages in presets.items()
+    }
+
+
+def _stage(preset: str, stage: str, values: Mapping[str, Any]) -> StageSettings:
+    known = [f.name for f in fields(StageSettings)]
+    if unknown := [name for name in values if name not in known]:
+        raise ValueError(f"preset {preset!r} gives {stage} the setting {unknown[0]!r}; known are {', '.join(known)}.")
+    return StageSettings(**values)
+
+
+def override(
+    preset: Mapping[str, StageSettings],
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+    steps: Sequence[int | Sequence[int] | None] | None = None,
+) -> dict[str, StageSettings]:
+    """A preset's stages with the caller's guidance scales and steps (prior, decoder, 256, 1024; None keeps) in place."""
+    settings = dict(preset)
+    if steps is not None:
+        if isinstance(steps, int | str) or not 1 <= len(steps) <= len(STAGES):
+            raise ValueError(
+                f"steps are {steps!r}; give up to four of them: {', '.join(STAGES)}; None keeps the preset's."
+            )
+        for stage, count in zip(STAGES, steps, strict=False):
+            if count is not None:
+                settings[stage] = replace(settings[stage], steps=count)
+    for stage, scale in (("decoder", guidance_scale), ("prior", prior_guidance_scale)):
+        if scale is not None:
+            settings[stage] = replace(settings[stage], guidance_scale=scale)
+    return settings
