@@ -11,7 +11,7 @@ from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.sampling import clamped, guided, make_sampler, picture_generators, sample, starting_noise
+from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, train
 
 
@@ -48,7 +48,7 @@ def decoder_loss(config: DecoderConfig, clip: CLIP, diffusion: Diffusion) -> Los
         draws = batch["draws"]
         x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         conditions = encode(clip, x0, captions, batch.get("z_i"))
-        t = draws.integers(diffusion.num_steps)
+        t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
         output = model(
@@ -75,7 +75,7 @@ def decoder_samples(clip: CLIP, scheduler: Any, guidance_scale: float = 2.0, ste
         null = model.encode_context(**conditions, drop_z_i=dropped, drop_text=dropped)  # pyright: ignore[reportCallIssue]
         generators = picture_generators(range(len(x0)), "decoder")
         x_T = starting_noise(x0.shape[1:], generators, x0.device)
-        denoise = clamped(guided(model, context, null, guidance_scale), Diffusion.from_scheduler(scheduler))
+        denoise = guided(model, context, null, guidance_scale)
         return sample(denoise, make_sampler(scheduler, "dpm++"), x_T, steps, generators)
 
     return sample_fn

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.sampling import clamped, guided, make_sampler, picture_generators, sample, starting_noise
+from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, train
 from upsamplers.degradations import bsr, downsample, gaussian_blur
 from upsamplers.upsampler import Upsampler
@@ -60,7 +60,7 @@ def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -
         x0, _ = draw_pictures_and_captions(batch, draws, config.data.background)
         x0 = random_crops(x0, config.crop, draws)
         low = degrade(x0, factor, config.degradation, draws)
-        t = draws.integers(diffusion.num_steps)
+        t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
         output = model(x_t, t, low=low)
@@ -79,7 +79,7 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
         context = model.encode_context(low=degrade(x0, factor, config.degradation, batch["draws"]))  # pyright: ignore
         generators = picture_generators(range(len(x0)), "upsampler")
         x_T = starting_noise(x0.shape[1:], generators, x0.device)
-        denoise = clamped(guided(model, context, None, 1.0), Diffusion.from_scheduler(scheduler))
+        denoise = guided(model, context)
         return sample(denoise, make_sampler(scheduler, "ddim"), x_T, steps, generators)
 
     return sample_fn

@@ -69,7 +69,7 @@ def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Conf
     parser.add_argument("--resume", action="store_true", help="go on from the newest training state")
     parser.add_class_arguments(config_class)
     parsed = parser.parse_args(list(args) if args is not None else None)
-    values = parser.instantiate_classes(parsed)
+    values = parser.instantiate(parsed)
     config = config_class(**{f.name: values[f.name] for f in fields(config_class)})  # pyright: ignore
     config.train.resume = config.train.resume or parsed.resume  # pyright: ignore[reportAttributeAccessIssue]
     return config

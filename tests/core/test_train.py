@@ -1,0 +1,213 @@
+"""The training loop: what it must leave unchanged (processes, interruption, accumulation), and what it must refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from unclip.core import checkpoint
+from unclip.core.train import Batch, TrainConfig, learning_rate, optimizer_of, parse, rows_of, train
+
+
+class Pictures(Dataset):
+    """Ten 4×4 pictures, each of one grey."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.full((3, 4, 4), 20 * index, dtype=torch.uint8), "captions": [str(index)], "index": index}
+
+
+class Affine(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, width: int = 48):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        nn.init.eye_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    x0 = batch["image"].flatten(1).float() / 255
+    noise = batch["draws"].normal(48)
+    loss = (model(x0 + noise) - x0).square().mean()
+    return loss, {"mean": x0.mean()}
+
+
+def config_of(out: Path, **kwargs) -> TrainConfig:
+    defaults = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2, "precision": "no", "tracker": "none"}
+    return TrainConfig(out=str(out), **{**defaults, "log_every": 1, "save_every": 100, **kwargs})
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_resuming_gives_the_uninterrupted_run(tmp_path):
+    whole = train(config_of(tmp_path / "whole", ema=0.5), Affine(), loss_fn, Pictures())
+
+    def stopping(model, batch):
+        if batch["draws"].step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss_fn(model, batch)
+
+    config = config_of(tmp_path / "parts", ema=0.5)
+    train(config, Affine(), stopping, Pictures())
+    assert [p.name for p in checkpoint.states(tmp_path / "parts")] == ["step-00000003"]
+    parts = train(replace(config, resume=True), Affine(), loss_fn, Pictures())
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(parts)[name])
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    once = train(config_of(tmp_path / "once"), Affine(), loss_fn, Pictures())
+    twice = train(config_of(tmp_path / "twice", accumulation=2), Affine(), loss_fn, Pictures())
+    assert losses(tmp_path / "once") == pytest.approx(losses(tmp_path / "twice"), rel=1e-5)
+    for name, tensor in weights(once).items():
+        assert torch.allclose(tensor, weights(twice)[name], atol=1e-6)
+
+
+def test_two_processes_equal_one(tmp_path):
+    one = train(config_of(tmp_path / "one"), Affine(), loss_fn, Pictures())
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    ports = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, *ports, __file__, str(tmp_path / "two")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    for name, tensor in weights(one).items():
+        assert torch.allclose(tensor, weights(tmp_path / "two" / "model")[name], atol=1e-6)
+
+
+def test_exports_the_averaged_weights(tmp_path):
+    folder = train(config_of(tmp_path, ema=0.9), Affine(), loss_fn, Pictures())
+    state = checkpoint.states(tmp_path)[-1]
+    averaged, raw = load_file(state / checkpoint.EMA_FILE), load_file(state / "model.safetensors")
+    exported = Affine.from_pretrained(folder).state_dict()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, averaged[name])
+        assert not torch.equal(tensor, raw[name])
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path):
+    def broken(model, batch):
+        loss, metrics = loss_fn(model, batch)
+        return (loss * float("nan") if batch["draws"].step == 3 else loss), metrics
+
+    with pytest.raises(FloatingPointError, match=r"no longer finite near step 4"):
+        train(config_of(tmp_path, save_every=2), Affine(), broken, Pictures())
+    assert [p.name for p in checkpoint.states(tmp_path)] == ["step-00000002"]
+
+
+def test_no_half_written_folder_is_left(tmp_path):
+    train(config_of(tmp_path, save_every=2, keep=1), Affine(), loss_fn, Pictures())
+    assert [p.name for p in checkpoint.states(tmp_path)] == ["step-00000006"]
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".partial", ".old"))]
+
+
+def test_each_epoch_sees_each_sample_once():
+    config = config_of(Path("unused"))
+    seen = [index for step in range(5) for _, index in rows_of(step, config, 10)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_processes_share_out_the_whole_batch():
+    config = config_of(Path("unused"))
+    halves = rows_of(3, config, 10, 0, 2) + rows_of(3, config, 10, 1, 2)
+    assert halves == rows_of(3, config, 10)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = config_of(Path("unused"), steps=10, warmup=4, decay=5, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_decay_spares_vectors_and_rates_scale_by_name():
+    groups = optimizer_of(
+        Affine(), config_of(Path("unused"), weight_decay=0.1, lr_scales={"layer.w": 0.5})
+    ).param_groups
+    assert [(g["weight_decay"], g["scale"], g["params"][0].ndim) for g in groups] == [(0.1, 0.5, 2), (0.0, 1.0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch_size": 5, "accumulation": 2}, "batch_size 5 cannot be split"),
+        ({"steps": 0}, "steps 0"),
+        ({"resume": True}, "no training state under"),
+    ],
+)
+def test_refuses_what_cannot_run(tmp_path, change, sentence):
+    with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+        train(config_of(tmp_path, **change), Affine(), loss_fn, Pictures())
+
+
+def test_refuses_to_write_over_an_earlier_run(tmp_path):
+    train(config_of(tmp_path), Affine(), loss_fn, Pictures())
+    with pytest.raises(ValueError, match="earlier run: add --resume"):
+        train(config_of(tmp_path), Affine(), loss_fn, Pictures())
+
+
+def test_refuses_the_state_of_another_network(tmp_path):
+    config = config_of(tmp_path)
+    train(config, Affine(), loss_fn, Pictures())
+    with pytest.raises(ValueError, match="does not fit this network"):
+        train(replace(config, resume=True, steps=8), Affine(width=12), loss_fn, Pictures())
+
+
+def test_config_from_file_with_overrides(tmp_path):
+    from decoder.train import DecoderConfig
+
+    file = tmp_path / "decoder.yaml"
+    file.write_text("model: {patch_size: 2}\nclip: a\ntrain: {out: b, steps: 5, batch_size: 2}\ndata: {path: c}\n")
+    arguments = [
+        "--config",
+        str(file),
+        "--train.steps",
+        "7",
+        "--drop_text",
+        "0.2",
+        "--model.patch_size",
+        "4",
+        "--resume",
+    ]
+    config = parse(DecoderConfig, arguments)
+    assert (config.train.steps, config.train.batch_size, config.drop_text, config.train.resume) == (7, 2, 0.2, True)
+    assert config.model == {"patch_size": 4}
+    assert config.data.path == "c"
+
+
+if __name__ == "__main__":
+    train(config_of(Path(sys.argv[1])), Affine(), loss_fn, Pictures())
