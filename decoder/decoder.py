@@ -59,6 +59,7 @@ class Decoder(ModelMixin, ConfigMixin):
         null_z_i: Literal["learned", "zeros"] = "learned",
         text_width: int | None = None,
         context_width: int = 512,
+        norm_groups: int | None = None,
     ):
         super().__init__()
         if null_z_i not in ("learned", "zeros"):
@@ -80,6 +81,7 @@ class Decoder(ModelMixin, ConfigMixin):
             resblock_updown=resblock_updown,
             patch_size=patch_size,
             learned_variance=learned_variance,
+            norm_groups=norm_groups,
         )
         time_dim = self.unet.time_dim
         self.z_i_width, self.z_i_scale, self.z_i_tokens, self.text_width = z_i_width, z_i_scale, z_i_tokens, text_width

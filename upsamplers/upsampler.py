@@ -48,6 +48,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         resblock_updown: bool = True,
         learned_variance: bool = False,
         time_dim: int | None = None,
+        norm_groups: int | None = None,
         interpolation: Literal["bilinear", "bicubic"] = "bicubic",
     ):
         super().__init__()
@@ -67,6 +68,7 @@ class Upsampler(ModelMixin, ConfigMixin):
             patch_size=patch_size,
             learned_variance=learned_variance,
             time_dim=time_dim,
+            norm_groups=norm_groups,
         )
 
     def encode_context(self, low: Tensor) -> UpsamplerContext:

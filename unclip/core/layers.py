@@ -3,6 +3,7 @@
 Everything here keeps `channels_last` memory: a picture's tokens are a view of it, never a copy.
 """
 
+import math
 from typing import Literal, TypeVar
 
 import torch
@@ -15,11 +16,15 @@ Module = TypeVar("Module", bound=nn.Module)
 KeysValues = tuple[Tensor, Tensor]  # each (b, heads, n, head_channels)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of the 32 groups of ADM, or of the most groups of at least four channels where the width is small."""
-    limit = min(32, max(1, channels // 4))
-    groups = next(g for g in range(limit, 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
+    """GroupNorm of at most 32 groups. `groups` None: as many as have 16 channels each or a multiple of them.
+
+    A number (ADM's is 32) is taken as it is, or as the most groups below it that divide the channels. Groups of 16 fill
+    a vector register: on a CPU in bf16 they run up to ten times as fast as groups of four.
+    """
+    most = channels // math.gcd(channels, 16) if groups is None else channels
+    limit = 32 if groups is None else groups
+    return nn.GroupNorm(next(n for n in range(min(limit, most), 0, -1) if most % n == 0), channels)
 
 
 def zero_init(module: Module) -> Module:
@@ -37,6 +42,18 @@ def fold(x: Tensor, patch_size: int) -> Tensor:
 def unfold(x: Tensor, patch_size: int) -> Tensor:
     """Undoes `fold`: (b, c·p², h, w) → (b, c, h·p, w·p)."""
     return F.pixel_shuffle(x, patch_size) if patch_size > 1 else x
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√c)·v. q: (b, heads, n, c); k, v: (b, heads, m, c); mask: (b, m) bool, true where a key counts."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
+    # On a CPU the fused kernel takes two to five times as long as these products, at the sizes a U-Net has.
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # b heads n m
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+        scores = scores + bias[:, None, None, :]
+    return scores.softmax(dim=-1) @ v
 
 
 class Resize(nn.Module):
@@ -68,14 +85,15 @@ class ResBlock(nn.Module):
         dropout: float = 0.0,
         time_conditioning: TimeConditioning = "scale_shift",
         direction: Literal["down", "up", "same"] = "same",
+        norm_groups: int | None = None,
     ):
         super().__init__()
         self.scale_shift = time_conditioning == "scale_shift"
         self.time_channels = 2 * out_channels if self.scale_shift else out_channels
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, norm_groups)
         self.resize = Resize(direction)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -98,12 +116,14 @@ class Attention(nn.Module):
     `context_width` None: pixels only. `head_channels` must divide `channels`.
     """
 
-    def __init__(self, channels: int, head_channels: int, context_width: int | None = None):
+    def __init__(
+        self, channels: int, head_channels: int, context_width: int | None = None, norm_groups: int | None = None
+    ):
         super().__init__()
         if channels % head_channels:
             raise ValueError(f"attention over {channels} channels: head_channels must divide them, got {head_channels}")
         self.heads = channels // head_channels
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, norm_groups)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.context_kv = nn.Linear(context_width, 2 * channels) if context_width else None
         self.out = zero_init(nn.Linear(channels, channels))
@@ -125,7 +145,6 @@ class Attention(nn.Module):
             k = torch.cat([context[0].to(k.dtype), k], dim=2)
             v = torch.cat([context[1].to(v.dtype), v], dim=2)
         if mask is not None:
-            mask = F.pad(mask, (0, q.shape[2]), value=True)[:, None, None, :]  # b 1 1 n, broadcast over heads, pixels
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        h = self.out(rearrange(h, "b heads n c -> b n (heads c)"))
+            mask = F.pad(mask, (0, q.shape[2]), value=True)  # b n
+        h = self.out(rearrange(attend(q, k, v, mask), "b heads n c -> b n (heads c)"))
         return x + rearrange(h, "b (h w) c -> b c h w", h=height)

@@ -70,7 +70,7 @@ class UNet(nn.Module):
     pixels into channels first and unfolds them last: h and w must be divisible by
     `patch_size · 2^(levels − 1)`. `learned_variance` doubles the output: (prediction | variance) along channels.
     `context_width` None means attention of pixels to pixels only. `time_dim` is the width of the time embedding,
-    4 times `model_channels` unless given.
+    4 times `model_channels` unless given; `norm_groups` is explained at `layers.group_norm`.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class UNet(nn.Module):
         patch_size: int = 1,
         learned_variance: bool = False,
         time_dim: int | None = None,
+        norm_groups: int | None = None,
     ):
         super().__init__()
         levels = len(channel_multipliers)
@@ -114,10 +115,12 @@ class UNet(nn.Module):
         area = patch_size**2
 
         def block(n_in: int, n_out: int, direction: Literal["down", "up", "same"] = "same") -> ResBlock:
-            return ResBlock(n_in, n_out, dropout, time_conditioning, direction)
+            return ResBlock(n_in, n_out, dropout, time_conditioning, direction, norm_groups)
 
         def attention(level: int) -> Attention | None:
-            return Attention(widths[level], head_channels, context_width) if level in attention_levels else None
+            if level not in attention_levels:
+                return None
+            return Attention(widths[level], head_channels, context_width, norm_groups)
 
         def resize(width: int, direction: Literal["down", "up"]) -> nn.Module:
             return block(width, width, direction) if resblock_updown else Resample(width, direction)
@@ -135,14 +138,14 @@ class UNet(nn.Module):
             if level < levels - 1:
                 self.down.append(Stage(resize=resize(width, "down")))
                 skips.append(width)
-        middle = Attention(width, head_channels, context_width) if attention_levels else None
+        middle = Attention(width, head_channels, context_width, norm_groups) if attention_levels else None
         self.middle = nn.ModuleList([Stage(block(width, width), middle), Stage(block(width, width))])
         for level in reversed(range(levels)):
             for i in range(counts[level] + 1):
                 up = resize(widths[level], "up") if level > 0 and i == counts[level] else None
                 self.up.append(Stage(block(width + skips.pop(), widths[level]), attention(level), up))
                 width = widths[level]
-        self.norm = group_norm(width)
+        self.norm = group_norm(width, norm_groups)
         self.output = zero_init(nn.Conv2d(width, out_channels * area * (2 if learned_variance else 1), 3, padding=1))
         # One matrix for the time projections of all residual blocks: one product a step in place of dozens.
         self.time_widths = [[b.time_channels for b in stage.res_blocks()] for stage in self.stages()]
