@@ -26,7 +26,7 @@ from torch import Tensor
 from unclip.core.data import to_pixels
 from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge, cached_features, check_pictures
-from unclip.evals.sheets import contact_sheet, nearest, save_sheet, to_images
+from unclip.evals.sheets import check_suffix, contact_sheet, nearest, save_sheet, to_images
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
@@ -316,6 +316,8 @@ def evaluate(
     from unclip.pipeline import UnCLIP
 
     folder, name = find_model(model)
+    if sheet is not None:
+        check_suffix(Path(sheet))
     real, trained = load_corpus(corpus), trained_concepts(folder)
     choose(real.drawings, split, count, trained, seed)  # bad arguments are named before the networks load
     pipe = UnCLIP.from_pretrained(model, dtype, device)

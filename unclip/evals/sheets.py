@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unclip.core.data import pil_from_pixels
+
+if TYPE_CHECKING:
+    from unclip.arguments import Callback, DTypeName
+
+FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG"}
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
 
@@ -81,12 +88,23 @@ def shorten(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return line + ellipsis
 
 
+def check_suffix(path: Path) -> str:
+    """The format that a sheet's name ends in. Raises ValueError for another than .png, .webp and .jpg."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"The sheet's name came as {path.name}; let it end in one of {', '.join(FORMATS)}.")
+    return FORMATS[path.suffix]
+
+
 def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Write a PNG aside and rename it; makes the folder."""
+    """Write the sheet aside and rename it, in the format of its suffix; makes the folder."""
+    kind = check_suffix(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    sheet.save(aside, format="PNG")
-    return aside.replace(path)
+    try:
+        sheet.save(aside, format=kind, quality=90)
+        return aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def nearest(queries: Tensor, gallery: Tensor, metric: str = "cosine") -> Tensor:
@@ -104,3 +122,41 @@ def nearest(queries: Tensor, gallery: Tensor, metric: str = "cosine") -> Tensor:
     centre = gallery.mean(dim=0)
     unit = torch.nn.functional.normalize
     return (unit(queries - centre) @ unit(gallery - centre).T).argmax(dim=1)
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """Captions of a text file, one a line; empty lines left out. Raises FileNotFoundError, ValueError (none left)."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no list of captions {path}; give a text file with a caption a line.")
+    captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"{path} holds no caption; give a text file with a caption a line.")
+    return captions
+
+
+def caption_sheet(
+    model: str | None,
+    out: str | Path,
+    captions: str | Path = "recipes/emoji/captions.txt",
+    seed: int = 0,
+    size: int = 256,
+    preset: str = "default",
+    columns: int = 8,
+    device: str | None = None,
+    dtype: DTypeName | None = None,
+    callback: Callback | None = None,
+) -> Path:
+    """`unclip evals sheet`: one picture of each caption at one seed, unpicked, labelled; returns the sheet's path.
+
+    Each picture is what `unclip sample CAPTION --seed SEED --size SIZE` draws. Raises ValueError, FileNotFoundError.
+    """
+    from unclip.pipeline import UnCLIP
+
+    prompts, out = read_captions(captions), Path(out)
+    check_suffix(out)
+    pipe = UnCLIP.from_pretrained(model, dtype, device)
+    result = pipe(prompts, seed=seed, size=size, preset=preset, output_type="pt", callback=callback)
+    pictures = pil_from_pixels(cast(Tensor, result.images))
+    title = f"{pipe.model_name}: {len(prompts)} captions, one draw each at seed {seed}, {preset} preset, {size} px"
+    return save_sheet(contact_sheet([[picture] for picture in pictures], prompts, columns, size, title), out)
