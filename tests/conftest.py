@@ -26,7 +26,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module
 
 
 def write_stages(root: Path) -> dict[str, Path]:
-    """All five networks, tiny and random, as their trainings leave them: `root/<stage>/model`, `root/<stage>/scheduler`."""
+    """All five networks, tiny and random, as trainings leave them: `root/<stage>/model`, `root/<stage>/scheduler`."""
     from decoder.decoder import Decoder
     from prior.diffusion_prior import DiffusionPrior
     from unclip.clip.model import CLIP, CLIPArguments

@@ -33,7 +33,7 @@ Callback = Callable[[Progress], None]
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """A device by name; "auto" is CUDA or MPS where there is one; None is the CPU. Raises ValueError for what is not there."""
+    """A device by name; "auto" is CUDA or MPS where there is one; None is the CPU. Raises ValueError."""
     has_mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
@@ -47,21 +47,22 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | DTypeName | None, device: torch.device) -> torch.dtype:
-    """A dtype by name; None is fp32; "auto" is bf16 where the device computes in it natively, else fp32. Raises ValueError."""
+    """A dtype by name; None is fp32; "auto" is bf16 where the device has it natively, else fp32. Raises ValueError."""
     if dtype == "auto":
         # the CPU's flags have no public name in torch 2.6 to 2.13
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else bool(probe and probe())
         return torch.bfloat16 if native and device.type != "mps" else torch.float32
     found = DTYPES.get(dtype or "fp32") if isinstance(dtype, str | None) else dtype
-    if found not in DTYPES.values():
+    if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is unknown; give fp32, bf16, fp16 or auto.")
     return found
 
 
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     """Prompts as a list. Raises TypeError for what is no text, ValueError for an empty one or none."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    several = isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    prompts: list[str] = list(prompt) if several else [prompt]  # pyright: ignore[reportAssignmentType]
     if wrong := [p for p in prompts if not isinstance(p, str)]:
         raise TypeError(f"a prompt is of type {type(wrong[0]).__name__}; give a string or a list of strings.")
     if not prompts or any(not p.strip() for p in prompts):

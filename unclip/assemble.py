@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,19 @@ def assemble(
     max_shard_size: str = "15MB",
     card: str | Path | None = None,
     presets: str | Path | None = None,
+    files: Sequence[str | Path] = (),
     license: str | None = "apache-2.0",
 ) -> Path:
     """Writes the model folder `out`, whole or not at all, and returns it.
 
     Each stage is a training's output: `model/` and `scheduler/` (CLIP: `model/` alone). dtype: of the stored weights;
     card: a Markdown file that becomes README.md; presets: a JSON file {preset: {stage: settings}} over the
-    defaults. Raises FileNotFoundError for what is missing, ValueError for stages that do not fit each other.
+    defaults; files: further text files to go along (concepts.txt: what it was trained on). Raises FileNotFoundError
+    for what is missing, ValueError for stages that do not fit each other.
     """
     stored = choose_dtype(dtype, torch.device("cpu"))
     extra = {} if card is None else {"README.md": _read(card)}
+    extra |= {Path(file).name: _read(file) for file in files}
     own = None if presets is None else _read_json(Path(presets))
     stages = {
         "clip": clip,

@@ -5,25 +5,44 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from unclip import __version__
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from tqdm import tqdm
 
     from unclip.arguments import Progress
     from unclip.pipeline import UnCLIP
 
+
+class Commands(TyperGroup):
+    """Bad input is one sentence and status 2, Ctrl-C status 130, neither a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("unclip: interrupted; what was finished is kept.", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, ImportError) as error:
+            print(f"unclip: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from error
+
+
 app = typer.Typer(
     name="unclip",
+    cls=Commands,
     help="Text to image by CLIP latents: caption → z_i → 64 → 256 → 1024 px.",
     no_args_is_help=True,
     add_completion=False,
@@ -156,7 +175,7 @@ def draw(
                 chunks = {"prompt": prompt, "seed": str(own_seed), **common}
                 path = picture_path(out, slug(prompt), own_seed, chunks, taken)
                 taken.add(path)
-                write_png(image, path, chunks)
+                write_png(cast("Image", image), path, chunks)
                 sheet += [image] if with_grid else []
                 typer.echo(path)
     if with_grid:
@@ -179,6 +198,7 @@ def assemble(
     max_shard_size: Annotated[str, typer.Option(help="Largest weights file.")] = "15MB",
     card: Annotated[Path | None, typer.Option(help="Markdown file that becomes the model card.")] = None,
     presets: Annotated[Path | None, typer.Option(help="JSON file of presets, over the defaults.")] = None,
+    file: Annotated[list[Path] | None, typer.Option(help="A text file to go along; may be repeated.")] = None,
     license: Annotated[str, typer.Option(help="Licence named in the index.")] = "apache-2.0",
 ) -> None:
     """Join trained stages into one model folder."""
@@ -187,10 +207,67 @@ def assemble(
     from unclip.assemble import assemble as join
 
     quiet_libraries()
-    folder = join(
-        out, clip, prior, decoder, upsampler_256, upsampler_1024, dtype.value, max_shard_size, card, presets, license
-    )
+    stages = (clip, prior, decoder, upsampler_256, upsampler_1024)
+    folder = join(out, *stages, dtype.value, max_shard_size, card, presets, file or [], license)
     typer.echo(folder)
+
+
+@corpus.command()
+def emoji(
+    out: Annotated[Path, typer.Option(help="Folder of the shards.")],
+    size: Annotated[int, typer.Option(help="Side of the drawings in pixels.")] = 64,
+    packages: Annotated[Path | None, typer.Option(help="Folder of the packages' .tgz files; else npm fetches.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus of that name.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
+) -> None:
+    """Render the six permissively licensed colour emoji sets into shards."""
+    from unclip.corpora.emoji import build
+
+    build(out, size, packages, overwrite=overwrite, workers=workers, progress=_bar)
+    typer.echo(out)
+
+
+@evals.command()
+def concepts(
+    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
+    split: Annotated[str, typer.Option(help="train or test-pair.")] = "train",
+    count: Annotated[int, typer.Option(help="How many captions.")] = 300,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go too.")] = None,
+    corpus: Annotated[Path, typer.Option(help="Folder of the emoji corpus.")] = Path("corpora/emoji-64"),
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Annotated[str, typer.Option()] = "default",
+    guidance: Annotated[float | None, typer.Option(help="The decoder's guidance scale, 1 for none.")] = None,
+    condition: Annotated[str, typer.Option(help="prior, true_z_i or text.")] = "prior",
+    sheet: Annotated[Path | None, typer.Option(help="PNG of each picture beside its nearest drawing.")] = None,
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
+) -> None:
+    """Nearest-concept accuracy of a model's pictures, with its ceiling and floor."""
+    from unclip.evals.concepts import evaluate
+
+    quiet_libraries()
+    figures = evaluate(
+        model,
+        split,
+        count,
+        json_file,
+        corpus,
+        seed,
+        preset,
+        sheet,
+        condition,
+        guidance,
+        device.value,
+        dtype.value,
+        Bars(),
+    )
+    typer.echo(json.dumps(figures, indent=1))
+
+
+def _bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, unit=f" {unit}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
@@ -212,24 +289,7 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line and exits: 0, 2 with one sentence on stderr for bad input, 130 after Ctrl-C."""
     warnings.showwarning = _warn
-    sys.exit(_status(lambda: app(arguments, standalone_mode=False)))
-
-
-def _status(run: Callable[[], Any]) -> int:
-    try:
-        result = run()
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        print("interrupted; what was finished is kept.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, ImportError) as error:
-        print(f"unclip: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return result if isinstance(result, int) else 0
+    app(arguments)
 
 
 if __name__ == "__main__":

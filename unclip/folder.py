@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from decoder.decoder import Decoder
 from prior.diffusion_prior import DiffusionPrior
 from unclip.clip.model import CLIP
+from unclip.core.checkpoint import replace_folder
 from upsamplers.upsampler import Upsampler
 
 INDEX = "model_index.json"
@@ -183,6 +186,24 @@ def write_component(name: str, component: Any, root: Path, dtype: torch.dtype | 
         data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` to write a model in, which takes its name at the end, and goes where an error comes.
+
+    Raises ValueError where `folder` exists and is no model: nothing but models is replaced.
+    """
+    if folder.exists() and not (folder / INDEX).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no model; give a new folder or move it away.")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def slug(prompt: str, length: int = 60) -> str:
-    """The prompt as part of a file name: lower case, words joined by hyphens, cut at a word's end; letters of any script stay."""
+    """The prompt as part of a file name: lower case, words of any script joined by hyphens, cut at a word's end."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
     name = "-".join(words)
     while len(name.encode()) > length:
@@ -23,9 +23,9 @@ def slug(prompt: str, length: int = 60) -> str:
 
 
 def picture_path(folder: Path, name: str, seed: int, chunks: Mapping[str, str], taken: set[Path]) -> Path:
-    """`folder/name-seed.png`; where that is another picture's, with a hash of `chunks` in it: nothing else is overwritten.
+    """`folder/name-seed.png`; where that is another picture's, with a hash of `chunks` in it: none is overwritten.
 
-    Another picture's: one in `taken`, or on disk with other text chunks. A file of the same chunks is the same picture.
+    Another picture's: one in `taken`, or on disk with other text chunks. The same chunks are the same picture.
     """
     path = folder / f"{name}-{seed}.png"
     if path not in taken and (not path.exists() or read_chunks(path) == dict(chunks)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,6 @@ from unclip.arguments import (
     reporter,
 )
 from unclip.clip.model import CLIP, TextFeatures
-from unclip.core.checkpoint import replace_folder
 from unclip.core.data import pixels_from_pil
 from unclip.core.sampling import (
     guided,
@@ -43,7 +41,7 @@ from unclip.core.sampling import (
     sample,
     starting_noise,
 )
-from unclip.folder import components, find_model, fingerprint, load_component, read_index, write_component
+from unclip.folder import components, find_model, fingerprint, load_component, read_index, whole_folder, write_component
 from unclip.presets import StageSettings, override, read_presets, write_presets
 from upsamplers.upsampler import Upsampler
 
@@ -73,12 +71,7 @@ class UnCLIP(DiffusionPipeline):
 
     model_cpu_offload_seq = "prior->decoder->upsampler_256->upsampler_1024"
     _exclude_from_cpu_offload = ["clip"]  # noqa: RUF012
-    _optional_components = [  # noqa: RUF012
-        "upsampler_256",
-        "upsampler_256_scheduler",
-        "upsampler_1024",
-        "upsampler_1024_scheduler",
-    ]
+    _optional_components = [f"upsampler_{s}{end}" for s in (256, 1024) for end in ("", "_scheduler")]  # noqa: RUF012
 
     def __init__(
         self,
@@ -116,7 +109,7 @@ class UnCLIP(DiffusionPipeline):
         self._null_contexts: dict[tuple[str, int], tuple[Any, Any]] = {}
         for net in (decoder, upsampler_256, upsampler_1024):
             if net is not None:
-                net.to(memory_format=torch.channels_last)
+                net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     # --- loading, saving
 
@@ -154,28 +147,15 @@ class UnCLIP(DiffusionPipeline):
 
         dtype: of the stored weights, None as in memory; extra_files: further files' contents by name (a model card).
         """
-        folder = Path(folder)
-        if (
-            folder.exists()
-            and not (folder / "model_index.json").is_file()
-            and (folder.is_file() or any(folder.iterdir()))
-        ):
-            raise ValueError(f"{folder} exists and is no model; give a new folder or move it away.")
-        stored = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        with whole_folder(Path(folder)) as partial:
+            stored = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
             for name, component in self.components.items():
                 if component is not None:
                     write_component(name, component, partial, stored, max_shard_size)
             self.save_config(partial)
             for file, text in (extra_files or {}).items():
                 (partial / file).write_text(text, encoding="utf-8")
-            replace_folder(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return folder
+        return Path(folder)
 
     # --- what it is
 
@@ -218,7 +198,7 @@ class UnCLIP(DiffusionPipeline):
 
     @torch.no_grad()
     def encode_text(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """Prompts to z_t (b, d), token states (b, n, w) and mask (b, n). A prompt over the context length is cut, with a warning."""
+        """Prompts to z_t (b, d), token states (b, n, w), mask (b, n). A prompt too long is cut, with a warning."""
         return self.clip.encode_text(prompts)
 
     @torch.no_grad()
@@ -289,7 +269,7 @@ class UnCLIP(DiffusionPipeline):
         settings: StageSettings | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One upsampler: pictures (b, 3, h, w) in [−1, 1], taken at 8 bits as from a file, to the side `size`, (b, 3, size, size)."""
+        """One upsampler: pictures (b, 3, h, w) in [−1, 1], at 8 bits as from a file, to (b, 3, size, size)."""
         name = self.networks.get(size)
         if name is None or name == "decoder":
             raise ValueError(f"no upsampler to {size} px here; this model upsamples to {self.sizes[1:]}.")
@@ -392,7 +372,7 @@ class UnCLIP(DiffusionPipeline):
         return torch.cat(results)
 
     def _null_context(self, name: str, conditions: Mapping[str, Tensor], rows: int) -> Any:
-        """Context of a sample without conditions, `rows` times; kept until the network's weights, dtype or device change."""
+        """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change."""
         if name not in ("prior", "decoder"):
             return None
         net = getattr(self, name)
@@ -407,7 +387,7 @@ class UnCLIP(DiffusionPipeline):
         return repeat_context(self._null_contexts[key][1], rows)
 
     def _place(self, net: Any) -> torch.device:
-        """Where a network runs: under offload, the hook of its forward brings it there now, for `encode_context` too."""
+        """Where a network runs. Under offload its forward's hook brings it there now, for `encode_context` too."""
         hook = getattr(net, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(net)

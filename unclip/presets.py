@@ -14,9 +14,9 @@ GUIDED = ("prior", "decoder")
 class StageSettings:
     """One stage's sampling.
 
-    solver: a name of `core.sampling.SOLVERS`; steps: a count, or the list of training steps to visit; guidance_scale: 1 is
-    the conditional model, without a second half to each call; draws: how many z_i the prior draws, of which the one with
-    the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config.
+    solver: a name of `core.sampling.SOLVERS`; steps: a count, or the list of training steps to visit; guidance_scale:
+    1 is the conditional model, without a second half to each call; draws: how many z_i the prior draws, of which the
+    one with the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config.
     Raises ValueError for values out of range.
     """
 
@@ -69,8 +69,8 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 def read_presets(presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None) -> dict[str, dict[str, StageSettings]]:
     """A model's presets over the defaults: {preset: {stage: StageSettings}}.
 
-    A stage that the model's preset leaves out, or a setting within it, is the default's of that name (of "default" for a
-    preset of the model's own). Raises ValueError for an unknown stage or setting, or a value out of range.
+    A stage that the model's preset leaves out, or a setting within it, is the default's of that name (of "default" for
+    a preset of the model's own). Raises ValueError for an unknown stage or setting, or a value out of range.
     """
     merged: dict[str, dict[str, StageSettings]] = {}
     for name in [*DEFAULTS, *(n for n in presets or {} if n not in DEFAULTS)]:
@@ -108,7 +108,7 @@ def override(
     prior_guidance_scale: float | None = None,
     steps: Sequence[int | Sequence[int] | None] | None = None,
 ) -> dict[str, StageSettings]:
-    """A preset's stages with the caller's guidance scales and steps (prior, decoder, 256, 1024; None keeps) in place."""
+    """A preset's stages with the caller's guidance scales and steps (one a stage; None keeps) in place."""
     settings = dict(preset)
     if steps is not None:
         if isinstance(steps, int | str) or not 1 <= len(steps) <= len(STAGES):

@@ -1,0 +1,183 @@
+"""The command line: what it prints and writes, and that bad input costs one sentence and no file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unclip.cli import main
+from unclip.pictures import grid, read_chunks, slug, write_png
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command line in an empty folder: (exit status, lines of stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, list[str], str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out.splitlines(), err
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def sample(model: Path, *more: object) -> tuple[object, ...]:
+    return ("sample", "--model", model, "--device", "cpu", "--dtype", "fp32", *more)
+
+
+@pytest.mark.parametrize(
+    "code", ["import unclip; unclip.__version__; dir(unclip)", "from unclip.cli import main; main(['--help'])"]
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(code: str) -> None:
+    check = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'accelerate'}\n"
+        "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_an_unknown_attribute_is_an_attribute_error() -> None:
+    import unclip
+
+    with pytest.raises(AttributeError, match="no attribute 'Unclip'"):
+        unclip.Unclip  # noqa: B018
+
+
+def test_sample_writes_pictures_that_say_what_they_are(run, tiny_model: Path, tmp_path: Path) -> None:
+    command = sample(tiny_model, "A red apple, glossy 3D!", "--num-images", 2, "--seed", 3, "--out", "drawn")
+    status, out, err = run(*command)
+    assert status == 0, err
+    assert out == ["drawn/a-red-apple-glossy-3d-3.png", "drawn/a-red-apple-glossy-3d-4.png"]
+    assert all(stage in err for stage in ("prior", "decoder", "upsampler_256", "upsampler_1024"))
+    with Image.open(out[-1]) as image:
+        assert image.size == (256, 256)
+        assert image.mode == "RGB"
+    chunks = read_chunks(Path(out[-1]))
+    assert chunks is not None
+    assert (chunks["prompt"], chunks["seed"], chunks["model"]) == ("A red apple, glossy 3D!", "4", "tiny")
+    assert '"preset": "default"' in chunks["settings"]
+    first = files(tmp_path)
+    assert run(*command)[0] == 0
+    assert files(tmp_path) == first
+
+
+def test_prompts_of_one_name_and_other_settings_overwrite_nothing(run, tiny_model: Path, tmp_path: Path) -> None:
+    status, out, err = run(*sample(tiny_model, "a red apple", "a red apple!", "--size", 16))
+    assert status == 0, err
+    assert out[0] == "pictures/a-red-apple-0.png"
+    assert len(set(out)) == 2
+    before = files(tmp_path)
+    status, again, _ = run(*sample(tiny_model, "a red apple", "--size", 16, "--guidance", 1))
+    assert status == 0
+    assert again[-1] not in out
+    assert before.items() < files(tmp_path).items()
+
+
+def test_prompts_from_a_file_and_a_grid(run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("two stars\n\nein grüner Apfel 🍏\n", encoding="utf-8")
+    status, out, err = run(
+        *sample(tiny_model, "a pear", "--from-file", "prompts.txt", "--num-images", 3, "--size", 16, "--grid")
+    )
+    assert status == 0, err
+    assert len(out) == 10
+    assert "pictures/ein-grüner-apfel-0.png" in out
+    assert out[-1] == "pictures/a-pear-grid-0.png"
+    with Image.open(out[-1]) as sheet, Image.open(out[4]) as one:
+        assert sheet.size == (16 * 3 + 16, 16 * 3 + 16)
+        assert list(sheet.crop((24, 24, 40, 40)).getdata()) == list(one.getdata())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "no prompt came"),
+        ([""], "prompt is empty"),
+        (["x", "--num-images", "0"], "num_images is 0"),
+        (["x", "--seed", "-1"], "seed is -1"),
+        (["x", "--size", "100"], "size 100 is not offered"),
+        (["x", "--preset", "best"], "preset 'best' is unknown"),
+        (["x", "--guidance", "-2"], "guidance scale is -2"),
+        (["x", "--from-file", "nowhere.txt"], "nowhere.txt is not there"),
+        (["x", "--model", "nowhere"], "there is no model 'nowhere'"),
+        (["x", "--dtype", "int8"], "int8"),
+        (["x", "--device", "abacus"], "abacus"),
+        (["x", "--colour", "red"], "--colour"),
+        (["x", "--out", "taken"], "is a file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_file(run, tiny_model: Path, tmp_path: Path, arguments, says: str) -> None:
+    (tmp_path / "taken").write_text("mine")
+    model = [] if "--model" in arguments else ["--model", tiny_model]
+    status, out, err = run("sample", *arguments, *model)
+    assert status == 2
+    assert says in err
+    assert "Traceback" not in err
+    assert not out
+    assert files(tmp_path) == {"taken": b"mine"}
+
+
+def test_interruption_keeps_what_is_done_and_no_half_file(run, tiny_model, tmp_path, monkeypatch) -> None:
+    saved = Image.Image.save
+
+    def interrupted(self, *arguments, **options):
+        if len(list(tmp_path.rglob("*.png"))) == 1:
+            Path(arguments[0]).write_bytes(b"half")
+            raise KeyboardInterrupt
+        saved(self, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    status, out, err = run(*sample(tiny_model, "a pear", "--num-images", 3, "--size", 16))
+    assert status == 130
+    assert out == ["pictures/a-pear-0.png"]
+    assert "interrupted" in err
+    assert list(files(tmp_path)) == out
+
+
+def test_a_long_prompt_is_a_warning(run, tiny_model: Path) -> None:
+    status, _, err = run(*sample(tiny_model, "a red apple " * 20 + "zebra", "--size", 16))
+    assert status == 0
+    assert [line for line in err.splitlines() if line.startswith("warning: ") and "zebra" in line]
+
+
+def test_slugs_are_names_of_files() -> None:
+    assert slug("A red apple, glossy 3D") == "a-red-apple-glossy-3d"
+    assert slug("../../etc/passwd") == "etc-passwd"
+    assert slug("🍏") == "picture"
+    for text in ("word " * 100, "w" * 300, "ü" * 300, "語" * 300):
+        assert 0 < len(slug(text).encode()) <= 60
+
+
+def test_a_file_of_another_hand_stays(run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a-pear-0.png").write_text("not even a picture")
+    status, out, _ = run(*sample(tiny_model, "a pear", "--size", 16))
+    assert status == 0
+    assert (tmp_path / "pictures" / "a-pear-0.png").read_text() == "not even a picture"
+    assert Path(out[-1]).is_file()
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    write_png(Image.new("RGB", (4, 4), "red"), path, {"prompt": "grün 语"})
+    before = path.read_bytes()
+    assert read_chunks(path) == {"prompt": "grün 语"}
+    with pytest.raises(AttributeError):
+        write_png(None, path, {})  # pyright: ignore[reportArgumentType]
+    assert files(tmp_path) == {"x.png": before}
+
+
+def test_a_grid_may_end_with_a_part_of_a_row() -> None:
+    sheet = grid([Image.new("RGB", (4, 4), "red")] * 3, columns=2, gap=2)
+    assert sheet.size == (10, 10)
+    assert sheet.getpixel((8, 8)) == (255, 255, 255)
