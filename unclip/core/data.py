@@ -126,7 +126,9 @@ def to_pixels(image: Tensor, background: Tensor | None = None) -> Tensor:
     Without a background, onto white.
     """
     if image.dtype != torch.uint8 or image.ndim != 4 or image.shape[1] not in (3, 4):
-        raise ValueError(f"Pictures came as {image.dtype} {tuple(image.shape)}, but uint8 (b, 3 or 4, h, w) is expected.")
+        raise ValueError(
+            f"Pictures came as {image.dtype} {tuple(image.shape)}, but uint8 (b, 3 or 4, h, w) is expected."
+        )
     x = image.float()
     if image.shape[1] == 4:
         alpha = x[:, 3:] / 255

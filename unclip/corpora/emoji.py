@@ -122,15 +122,19 @@ def read_concepts(words: dict[str, Path]) -> list[Concept]:
     ]
 
 
-_NO_ARTICLE = re.compile(r"^[\d\W]|[^s]s$|\b(?:rice|bread|sushi|ice|food|fog|dango|oden|sake|mate|tofu|people|men|women)$")
+_NO_ARTICLE = re.compile(
+    r"^[\d\W]|[^s]s$|\b(?:rice|bread|sushi|ice|food|fog|dango|oden|sake|mate|tofu|people|men|women)$"
+)
 
 
 def with_article(name: str, group: str) -> str:
     """`red apple` → `a red apple`; plurals, symbols and the like stay as they are."""
-    head = re.split(r" (?:with|without|in|on|of|holding|facing) ", name)[0]
-    if group == "symbols" or _NO_ARTICLE.search(head) or "," in name or "(" in name:
+    if group == "symbols" or "," in name or "(" in name:
         return name
-    return ("an " if name[0] in "aeiou" and not re.match(r"uni|one|eu|us", name) else "a ") + name
+    head = re.split(r" (?:with|without|in|on|of|holding|facing) ", name)[0]
+    if _NO_ARTICLE.search(head) and not re.match(r"(?:wo)?man |person ", name):
+        return name
+    return ("an " if re.match(r"(?!uni|one|eu|us)[aeiou]|hour", name) else "a ") + name
 
 
 _COLOURS = re.compile(
@@ -140,7 +144,7 @@ _COLOURS = re.compile(
 
 
 def captions_of(concept: Concept, style: str) -> list[str]:
-    """About six captions of a drawing, lower-case, without repetition; colour words are left out where they are false."""
+    """About six different lower-case captions of a drawing; colour words are left out where they are false."""
     words, name, keywords = SETS[style].words, concept.name, concept.keywords
     if not SETS[style].colour:
         name = " ".join(_COLOURS.sub("", name).split()) or name
@@ -304,12 +308,15 @@ def _collect(
 
 
 def _keep(drawings: Sequence[Drawing], digests: Iterable[str]) -> list[Drawing]:
-    """Drop blank drawings and those whose pixels have been seen."""
-    seen, kept = {""}, []
-    for drawing, digest in zip(drawings, digests, strict=True):
-        if digest not in seen:
+    """Drop blank drawings and those whose pixels have been seen, but leave a concept one drawing where it has one."""
+    pairs = [(drawing, digest) for drawing, digest in zip(drawings, digests, strict=True) if digest]
+    first = {digest: drawing for drawing, digest in reversed(pairs)}
+    drawn = {drawing.concept.name for drawing in first.values()}
+    kept = []
+    for drawing, digest in pairs:
+        if first[digest] is drawing or drawing.concept.name not in drawn:
             kept.append(drawing)
-        seen.add(digest)
+            drawn.add(drawing.concept.name)
     return kept
 
 

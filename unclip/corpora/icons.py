@@ -33,7 +33,7 @@ def fetch(name: str, version: str, packages: str | Path | None = None, cache: st
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
-            f"{name}@{version} is not in {folder} and npm is not installed: install npm, or give a folder of .tgz files."
+            f"{name}@{version} is not in {folder} and npm is not installed: install it, or give a folder of .tgz files."
         )
     partial = folder / f".{path.stem}.partial"
     partial.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,9 @@ def svg_of(icons: dict[str, Any], name: str, size: int) -> str:
         }
         name = found["parent"]
         icon = icons["icons"].get(name)
-    left, top, w, h = (icon.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16)))
+    left, top, w, h = (
+        icon.get(k, icons.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+    )
     body = mend_use(icon["body"])
     if alias.get("hFlip"):
         body = f'<g transform="translate({2 * left + w} 0) scale(-1 1)">{body}</g>'
