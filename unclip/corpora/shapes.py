@@ -29,8 +29,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (15, 15, 15),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (255, 255, 255), "grey": (205, 205, 205)}
-SIZES: dict[str, float] = {"small": 0.14, "medium": 0.19, "large": 0.26}  # radius, of the picture's side
-NEAR, MIDDLE, FAR = 0.28, 0.5, 0.72
+SIZES: dict[str, float] = {"small": 0.13, "medium": 0.18, "large": 0.24}  # radius, of the picture's side
+NEAR, MIDDLE, FAR = 0.29, 0.5, 0.71
 PLACES: dict[str, tuple[float, float]] = {  # centre, x to the right and y down, of the picture's side
     "top left": (NEAR, NEAR), "top": (MIDDLE, NEAR), "top right": (FAR, NEAR),
     "left": (NEAR, MIDDLE), "middle": (MIDDLE, MIDDLE), "right": (FAR, MIDDLE),
@@ -69,7 +69,20 @@ def outline(shape: str) -> list[tuple[float, float]]:
         ]  # fmt: skip
     if shape == "cross":
         a = 0.33
-        return [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+        return [
+            (-a, -1),
+            (a, -1),
+            (a, -a),
+            (1, -a),
+            (1, a),
+            (a, a),
+            (a, 1),
+            (-a, 1),
+            (-a, a),
+            (-1, a),
+            (-1, -a),
+            (-a, -a),
+        ]
     raise ValueError(f"There is no shape {shape!r}: choose among {', '.join(SHAPES)}.")
 
 
@@ -109,7 +122,7 @@ def captions_of(scene: Scene) -> list[str]:
 
 
 def scenes(count: int, seed: int = 0) -> list[Scene]:
-    """`count` scenes: every combination once before any comes again, in an order, backgrounds and jitter drawn by seed."""
+    """`count` scenes, every combination once before any comes again; order, backgrounds and jitter by seed."""
     rng = np.random.default_rng(seed)
     combinations = list(product(SHAPES, COLOURS, SIZES, PLACES))
     grounds = list(BACKGROUNDS)
@@ -157,7 +170,9 @@ def build(
             "held-out": sorted(f"{c} {s}" for c, s in HELD_OUT),
             "styles": {"shapes": {"license": "CC0-1.0"}},
         }
-        (folder / "ATTRIBUTION.md").write_text("# Attribution\n\nDrawn by a program; no rights are claimed (CC0-1.0).\n")
+        (folder / "ATTRIBUTION.md").write_text(
+            "# Attribution\n\nDrawn by a program; no rights are claimed (CC0-1.0).\n"
+        )
         write_json(folder / "dataset.json", summary)
     return summary
 
