@@ -227,6 +227,21 @@ def emoji(
     typer.echo(out)
 
 
+@corpus.command()
+def shapes(
+    out: Annotated[Path, typer.Option(help="Folder of the shards.")],
+    size: Annotated[int, typer.Option(help="Side of the pictures in pixels.")] = 64,
+    seed: Annotated[int, typer.Option()] = 0,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 5184,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus of that name.")] = False,
+) -> None:
+    """Draw one coloured shape a picture: a world in which a program can tell whether a picture is right."""
+    from unclip.corpora.shapes import build
+
+    build(out, size, seed, count, overwrite, progress=_bar)
+    typer.echo(out)
+
+
 @evals.command()
 def concepts(
     model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
@@ -262,6 +277,25 @@ def concepts(
         Bars(),
     )
     typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def sheet(
+    out: Annotated[Path, typer.Option(help="The PNG or WebP to write.")],
+    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
+    captions: Annotated[Path, typer.Option(help="Captions, one a line.")] = Path("recipes/emoji/captions.txt"),
+    seed: Annotated[int, typer.Option()] = 0,
+    size: Annotated[int, typer.Option()] = 256,
+    preset: Annotated[str, typer.Option()] = "default",
+    columns: Annotated[int, typer.Option()] = 8,
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
+) -> None:
+    """One picture of each of a file's captions, unpicked, on a labelled sheet."""
+    from unclip.evals.sheets import caption_sheet
+
+    quiet_libraries()
+    typer.echo(caption_sheet(model, out, captions, seed, size, preset, columns, device.value, dtype.value, Bars()))
 
 
 def _bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
