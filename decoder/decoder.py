@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from unclip.core.layers import KeysValues, TimeConditioning
+from unclip.core.transformer import Block
 from unclip.core.unet import UNet
 
 
@@ -29,6 +30,7 @@ class Decoder(ModelMixin, ConfigMixin):
         null_z_i: what stands in for a dropped `z_i`: a learned embedding or zeros (§2.1: either).
         text_width: width of the text encoder's token states, None for a decoder of `z_i` alone.
         context_width: width of context tokens, from which each attention layer takes keys and values.
+        text_layers, text_heads: a transformer of the decoder's own over the token states, not causal (GLIDE's).
         sample_size, attention_resolutions: side of a training picture in pixels, and sides of the grids (in positions,
             after folding by `patch_size`) at which attention runs. Pictures of other sizes keep those levels.
 
@@ -59,6 +61,8 @@ class Decoder(ModelMixin, ConfigMixin):
         null_z_i: Literal["learned", "zeros"] = "learned",
         text_width: int | None = None,
         context_width: int = 512,
+        text_layers: int = 0,
+        text_heads: int = 8,
         norm_groups: int | None = None,
     ):
         super().__init__()
@@ -91,7 +95,8 @@ class Decoder(ModelMixin, ConfigMixin):
         self.context_norm = nn.LayerNorm(context_width)
         if text_width is not None:
             self.context_text = nn.Linear(text_width, context_width)
-            self.time_text = nn.Linear(text_width, time_dim)
+            self.time_text = nn.Linear(context_width, time_dim)
+            self.text_blocks = nn.ModuleList(Block(context_width, text_heads, dropout) for _ in range(text_layers))
 
     def encode_context(
         self,
@@ -115,20 +120,27 @@ class Decoder(ModelMixin, ConfigMixin):
             z_i = torch.where(drop_z_i[:, None], null, z_i)
         time = self.time_z_i(z_i)  # b time_dim
         tokens = rearrange(self.context_z_i(z_i), "b (n w) -> b n w", n=self.z_i_tokens)
-        mask = None
-        if text is not None:
-            mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
-            if drop_text is not None:
-                mask = mask & ~drop_text[:, None]
-            positions = torch.arange(1, text.shape[1] + 1, device=text.device)
-            last = (mask * positions).argmax(dim=1)  # b
-            pooled = self.time_text(text[torch.arange(len(text), device=text.device), last])  # b time_dim
-            # `where`, not a product: whatever stands in a dropped or padded row, NaN included, must not get through.
-            time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
-            words = self.context_text(torch.where(mask[..., None], text, torch.zeros_like(text)))
-            tokens = torch.cat([words, tokens], dim=1)  # b n w
-            mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
-        return DecoderContext(self.unet.project_context(self.context_norm(tokens)), time, mask)
+        if text is None:
+            return DecoderContext(self.unet.project_context(self.context_norm(tokens)), time, None)
+        mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask  # b n
+        if drop_text is not None:
+            mask = mask & ~drop_text[:, None]
+        words = self.encode_text(text, mask)  # b n w
+        tokens = self.context_norm(torch.cat([words, tokens], dim=1))
+        last = (mask * torch.arange(1, text.shape[1] + 1, device=text.device)).argmax(dim=1)  # b
+        pooled = self.time_text(tokens[torch.arange(len(text), device=text.device), last])  # b time_dim
+        time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
+        mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
+        return DecoderContext(self.unet.project_context(tokens), time, mask)
+
+    def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
+        """Context tokens (b, n, context_width) of token states (b, n, text_width); mask: (b, n), true on real ones."""
+        # `where`, not a product: whatever stands in a dropped or padded row, NaN included, must not get through.
+        h = self.context_text(torch.where(mask[..., None], text, torch.zeros_like(text)))
+        itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)  # lest a padded token's row be empty
+        for block in self.text_blocks:
+            h = block(h, mask=(mask[:, None, :] | itself)[:, None])
+        return h
 
     def forward(self, x_t: Tensor, t: Tensor, context: DecoderContext | None = None, **conditions) -> Tensor:
         """One evaluation. Give `context`, or the keyword arguments of `encode_context`.
