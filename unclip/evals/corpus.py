@@ -31,11 +31,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`pictures(indices)` gives uint8 (n, 3, 64, 64) on white; `drawings[i].index == i`."""
+    """`pictures(indices)` gives uint8 (n, 3, 64, 64) on white; `drawings[i].index == i`; all captions of each."""
 
     folder: Path
     drawings: Sequence[Drawing]
     pictures: Callable[[Sequence[int]], Tensor]
+    captions: Sequence[Sequence[str]] = ()
 
     def batches(self, size: int = 256) -> Iterator[Tensor]:
         """All pictures in order, uint8 (b, 3, 64, 64)."""
@@ -62,7 +63,7 @@ def load_corpus(folder: str | Path, splits: Sequence[str] = SPLITS) -> Corpus:
     def pictures(indices: Sequence[int]) -> Tensor:
         return to_bytes(to_pixels(collate([dataset[i] for i in indices])["image"]))
 
-    return Corpus(folder, drawings, pictures)
+    return Corpus(folder, drawings, pictures, [meta["captions"] for meta in dataset.meta])
 
 
 def to_bytes(x: Tensor, side: int = SIDE) -> Tensor:
