@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prior.diffusion_prior import DiffusionPrior
 from prior.evaluate import evaluate
 from unclip.clip.model import CLIP
+from unclip.clip.remember import RememberedCLIP
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.train import Batch, LossFn, TrainConfig, main, train
@@ -32,17 +33,18 @@ class PriorConfig:
     gamma: float = 5.0  # of min-SNR
     drop_text: float = 0.1
     statistics: int = 10_000  # pictures that mean and deviation of z_i are estimated from, at most
+    remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
     evaluate: list[str] = field(default_factory=list)  # splits sampled at the end; figures go to OUT/evaluation.json
 
 
-def picture_embeddings(clip: CLIP, batch: Batch, x0: Tensor, background: float) -> Tensor:
+def picture_embeddings(clip: RememberedCLIP, batch: Batch, x0: Tensor, background: float) -> Tensor:
     """z_i (b, d), float32: as stored with the data where backgrounds are not drawn, else of the pictures x0."""
     if "z_i" in batch and background == 0:
         return batch["z_i"].to(x0.device)
     return clip.encode_image(x0).float()
 
 
-def prior_loss(config: PriorConfig, clip: CLIP, diffusion: Diffusion) -> LossFn:
+def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
     """Mean squared error of the predicted, standardised x0.
 
     Metrics: cosine of the predicted z_i to the true one, and to another sample's, which is what it must rise above.
@@ -71,7 +73,7 @@ def prior_loss(config: PriorConfig, clip: CLIP, diffusion: Diffusion) -> LossFn:
 
 
 @torch.no_grad()
-def embedding_statistics(clip: CLIP, dataset: ShardDataset, config: PriorConfig) -> tuple[Tensor, Tensor]:
+def embedding_statistics(clip: RememberedCLIP, dataset: ShardDataset, config: PriorConfig) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of z_i, each (d,), over evenly spaced samples with the backgrounds of training."""
     count = min(len(dataset), config.statistics)
     rows = [i * len(dataset) // count for i in range(count)]
@@ -99,16 +101,17 @@ def run(config: PriorConfig) -> Path:
     dataset = ShardDataset(config.data)
     validation = ShardDataset(config.validation) if config.validation else None
     device: Any = PartialState().device
-    clip = CLIP.from_pretrained(config.clip).eval().requires_grad_(False).to(device)
+    clip = CLIP.from_pretrained(config.clip).to(device)
+    remembered = RememberedCLIP(clip, config.remember)
     torch.manual_seed(config.train.seed)
     model = make_prior(config, clip)
     if not config.train.resume:
-        mean, std = embedding_statistics(clip, dataset, config)
+        mean, std = embedding_statistics(remembered, dataset, config)
         model.set_statistics(mean.cpu(), std.cpu())
     scheduler = make_scheduler(config.schedule, "sample", clip_sample=False)
     scheduler.save_pretrained(Path(config.train.out) / "scheduler")
     diffusion = Diffusion.from_scheduler(scheduler).to(device)
-    folder = train(config.train, model, prior_loss(config, clip, diffusion), dataset, validation)
+    folder = train(config.train, model, prior_loss(config, remembered, diffusion), dataset, validation)
     if config.evaluate and PartialState().is_main_process:
         trained = DiffusionPrior.from_pretrained(folder).to(device).eval()
         figures = {

@@ -71,11 +71,11 @@ def prune_wordpieces(
     state["model"]["vocab"] = {piece: new_id[i] for piece, i in vocab.items() if i in new_id}
     for token in state["added_tokens"]:
         token["id"] = new_id[token["id"]]
-    for token in state["post_processor"]["special_tokens"].values():
-        token["ids"] = [new_id[i] for i in token["ids"]]
-    state["truncation"] = state["padding"] = None
+    state["truncation"] = state["padding"] = state["post_processor"] = None
     special = {key: tokenizer.special_tokens_map[key] for key in ("unk_token", "sep_token", "pad_token", "cls_token")}
-    pruned = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), model_max_length=context_length, **special
+    rebuilt = Tokenizer.from_str(json.dumps(state))
+    start, end = special["cls_token"], special["sep_token"]
+    rebuilt.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(token, rebuilt.token_to_id(token)) for token in (start, end)]
     )
-    return pruned, kept
+    return PreTrainedTokenizerFast(tokenizer_object=rebuilt, model_max_length=context_length, **special), kept

@@ -1,0 +1,232 @@
+"""CLIP's loss against plain cross-entropy, across processes, its augmentation, and a whole small run."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import CLIPModel
+
+from unclip.clip.evaluate import evaluate
+from unclip.clip.model import CLIP, CLIPArguments
+from unclip.clip.remember import RememberedCLIP
+from unclip.clip.train import CLIPConfig, augment, clip_loss, contrastive_loss, keys_of, run
+from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
+from unclip.core.train import TrainConfig, parse, train
+
+TINY = CLIPArguments(
+    dim=12,
+    image_size=16,
+    patch_size=8,
+    image_width=32,
+    image_depth=1,
+    image_heads=2,
+    text_width=32,
+    text_depth=1,
+    text_heads=2,
+    vocab_size=300,
+    context_length=20,
+)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Plain squares of eight colours; a split `test` of the same."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(folder / f"{split}-00000.tar", "w") as tar:
+            for name in list(COLOURS)[:8]:
+                picture, meta = BytesIO(), {"captions": [f"a {name} square"], "concept": name, "style": "plain"}
+                Image.new("RGB", (16, 16), COLOURS[name]).save(picture, "webp", lossless=True)
+                files = {"webp": picture.getvalue(), "json": json.dumps({**meta, "keywords": ["box"]}).encode()}
+                for suffix, content in files.items():
+                    info = tarfile.TarInfo(f"{name}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+    return folder
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_loss_is_symmetric_cross_entropy_and_transformers():
+    z_i, z_t, scale = unit(6, 8), unit(6, 8, seed=1), torch.tensor(20.0)
+    logits, own = scale * z_i @ z_t.T, torch.arange(6)
+    expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    loss = contrastive_loss(z_i, z_t, scale)
+    assert torch.allclose(loss, expected)
+    assert torch.allclose(loss, contrastive_loss(z_t, z_i, scale))
+    from transformers.models.clip.modeling_clip import image_text_contrastive_loss
+
+    assert torch.allclose(loss, image_text_contrastive_loss(logits.T))
+    assert torch.allclose(loss, contrastive_loss(z_i, z_t, scale, torch.arange(6)))
+
+
+def test_samples_with_one_key_are_no_negatives():
+    z_i, z_t, scale = unit(4, 8).requires_grad_(), unit(4, 8, seed=1).requires_grad_(), torch.tensor(20.0)
+    keys = torch.tensor([7, 3, 7, 5])
+    loss = contrastive_loss(z_i, z_t, scale, keys)
+    total = torch.tensor(0.0)
+    for i in range(4):
+        others = [j for j in range(4) if j == i or keys[j] != keys[i]]
+        for a, b in ((z_i, z_t), (z_t, z_i)):
+            total = total - (scale * a[i] @ b[others].T).log_softmax(0)[others.index(i)] / 8
+    assert torch.allclose(loss, total, atol=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (z_i, z_t)))
+    assert contrastive_loss(z_i, z_t, scale, torch.zeros(4, dtype=torch.long)) == 0
+
+
+def test_keys_are_equal_where_texts_are():
+    keys = keys_of(["apple", "pear", "apple"])
+    assert keys[0] == keys[2] != keys[1]
+    assert keys.dtype == torch.int64
+    assert keys[0] == -7633964618339733793
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="expected one shape"):
+        contrastive_loss(unit(4, 8), unit(3, 8), torch.tensor(1.0))
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = str(Path(__file__).with_name("gather_worker.py"))
+    commands = [[sys.executable, worker, str(rank), str(port), str(tmp_path / f"{rank}.pt")] for rank in (0, 1)]
+    processes = [subprocess.Popen(command) for command in commands]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    z_i, z_t = unit(6, 8).requires_grad_(), unit(6, 8, seed=1).requires_grad_()
+    scale = torch.tensor(20.0, requires_grad=True)
+    loss = contrastive_loss(z_i, z_t, scale, torch.tensor([1, 2, 3, 4, 1, 5]))
+    loss.backward()
+    mean = [(a + b) / 2 for a, b in zip(*halves, strict=True)]  # what DDP does with gradients of parameters
+    assert torch.allclose(mean[0], loss.detach(), atol=1e-6)
+    assert torch.allclose(mean[3], scale.grad, atol=1e-6)
+    for whole, parts in ((z_i.grad, 1), (z_t.grad, 2)):
+        joined = torch.cat([half[parts] for half in halves]) / 2  # the embeddings of a row live in one process
+        assert torch.allclose(joined, whole, atol=1e-6)
+
+
+def test_augmentation():
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert augment(x, Draws(0, 0, range(4))) is x
+    assert torch.allclose(augment(x, Draws(0, 0, range(4)), flip=1.0), x.flip(-1), atol=1e-5)
+    moved = augment(x, Draws(0, 0, range(4)), shift=0.2, zoom=0.1)
+    assert moved.abs().max() <= 1
+    assert torch.allclose(moved[2:], augment(x[2:], Draws(0, 0, [2, 3]), shift=0.2, zoom=0.1), atol=1e-6)
+    flat = torch.full_like(x, 0.25)
+    assert torch.allclose(augment(flat, Draws(0, 0, range(4)), shift=0.4, zoom=0.3), flat, atol=1e-6)
+    shifted = torch.zeros(1, 3, 16, 16)
+    shifted[..., 8:10, 8:10] = 1
+    u = Draws(0, 0, [0]).uniform(4)[0]
+    result = augment(shifted, Draws(0, 0, [0]), shift=0.2)[0, 0]
+    place = (result.sum(0) * torch.arange(16)).sum() / result.sum()
+    assert place == pytest.approx(8.5 - 16 * 0.2 * (2 * u[2].item() - 1), abs=0.1)
+
+
+def test_the_scale_stays_at_most_100():
+    clip = CLIP.build(TINY, ["red"])
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(9.0)
+    scale = clip(torch.zeros(2, 3, 16, 16), *clip.tokenize(["red", "blue"])).logit_scale
+    assert scale.item() == pytest.approx(100)
+    scale.backward()
+    assert clip.model.logit_scale.grad.item() == pytest.approx(100)  # the way back stays open
+
+
+def test_a_run_learns_colours_and_is_evaluated(corpus: Path, tmp_path: Path):
+    config = CLIPConfig(
+        TINY,
+        TrainConfig(
+            str(tmp_path / "out"),
+            steps=60,
+            batch_size=8,
+            learning_rate=3e-3,
+            warmup=5,
+            ema=0.5,
+            precision="no",
+            tracker="none",
+        ),
+        DataConfig(str(corpus)),
+        DataConfig(str(corpus), "test"),
+        evaluate=["test"],
+        templates=["{}", "a {} square"],
+    )
+    folder = run(config)
+    figures = json.loads((tmp_path / "out/evaluation.json").read_text())["test"]
+    assert figures["top1"] > 0.8
+    assert figures["image_to_text"] > 0.8
+    assert (figures["count"], figures["labels"]) == (8, 8)
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert log[-1]["validation/loss"] < 0.7 < math.log(8)
+    assert isinstance(CLIP.from_pretrained(folder).model, CLIPModel)
+
+
+def test_a_slower_text_tower_moves_less(corpus: Path, tmp_path: Path):
+    """`lr_scales` finds the text tower by the name the recipes give it."""
+    torch.manual_seed(0)
+    clip = CLIP.build(TINY, ["red"])
+    before = {name: p.detach().clone() for name, p in clip.named_parameters()}
+    scales = {"model.text_model.": 0.0}
+    settings = TrainConfig(str(tmp_path), 1, 4, lr_scales=scales, warmup=1, precision="no", tracker="none")
+    config = CLIPConfig(TINY, settings, DataConfig(str(corpus)))
+    train(settings, clip, clip_loss(config, clip), ShardDataset(config.data))
+    for name, parameter in clip.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("model.text_model."), name
+
+
+def test_labels_must_hold_every_concept(corpus: Path):
+    clip = CLIP.build(TINY, ["red"])
+    with pytest.raises(ValueError, match="7 concepts"):
+        evaluate(clip, ShardDataset(DataConfig(str(corpus))), ["red"])
+
+
+def test_what_is_remembered_is_what_was_computed(corpus: Path):
+    torch.manual_seed(0)
+    clip = CLIP.build(TINY, ["a red square"])
+    remembered, forgetful = RememberedCLIP(clip), RememberedCLIP(clip, room=100)
+    x = torch.rand(4, 3, 16, 16) * 2 - 1
+    for rows in ([0, 1], [1, 1, 2], [3, 0]):
+        texts = [f"a red square {'red ' * i}" for i in rows]
+        for of in (remembered, forgetful):
+            assert torch.allclose(of.encode_image(x[rows]), clip.encode_image(x[rows]), atol=1e-6)
+            ours, theirs = of.encode_text(texts), clip.encode_text(texts)
+            assert torch.equal(ours.mask, theirs.mask)
+            assert torch.allclose(ours.z_t, theirs.z_t, atol=1e-6)
+            assert torch.allclose(ours.states[ours.mask], theirs.states[theirs.mask], atol=1e-5)
+    with torch.no_grad():  # changes what would be computed, not what is remembered
+        old = remembered.encode_image(x)
+        clip.model.visual_projection.weight.normal_()
+    assert torch.equal(remembered.encode_image(x), old)
+    assert not torch.allclose(forgetful.encode_image(x), old)
+
+
+def test_recipes_fit_their_config(request):
+    for recipe in ("emoji/clip.yaml", "emoji/clip_bpe.yaml", "paper/clip.yaml"):
+        config = parse(CLIPConfig, ["--config", str(Path(request.config.rootpath) / "recipes" / recipe)])
+        assert isinstance(config.model, CLIPArguments)
+        assert isinstance(config.data, DataConfig)
+
+
+def test_loss_is_a_function_of_the_draws(corpus: Path):
+    torch.manual_seed(0)
+    clip = CLIP.build(TINY, ["red"])
+    dataset = ShardDataset(DataConfig(str(corpus)))
+    config = CLIPConfig(TINY, TrainConfig("unused", 1, 4), DataConfig(str(corpus)), shift=0.2)
+    loss_fn = clip_loss(config, clip)
+    batch = collate([dataset[i] for i in range(4)])
+    batch["image"] = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    losses = [loss_fn(clip, {**batch, "draws": Draws(0, step, range(4))})[0] for step in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
