@@ -1,0 +1,78 @@
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unclip.core.data import DataConfig, ShardDataset
+from unclip.corpora.pack import pack
+
+
+def put(folder: Path, name: str, caption: str | None, colour: str = "red", size: tuple[int, int] = (12, 8)) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(folder / name)
+    if caption is not None:
+        (folder / name).with_suffix(".txt").write_text(caption)
+
+
+def test_text_files(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = tmp_path / "in"
+    put(source, "a.png", "a red field\n\nred\na red field\n")
+    put(source, "deep/b.jpg", "blue", "blue")
+    put(source, "empty.png", " \n")
+    put(source, "none.png", None)
+    (source / "broken.png").write_bytes(b"not a picture")
+    (source / "broken.txt").write_text("broken")
+    with caplog.at_level(logging.WARNING):
+        summary = pack(source, tmp_path / "out", 16)
+    assert summary["count"] == 2 and summary["skipped"] == ["broken.png", "empty.png", "none.png"]
+    for name in ("broken.png", "empty.png", "none.png"):
+        assert name in caplog.text
+    data = ShardDataset(DataConfig(str(tmp_path / "out")))
+    assert [item["captions"] for item in (data[0], data[1])] == [["a red field", "red"], ["blue"]]
+    assert data[0]["image"].shape == (3, 16, 16)
+    assert data[0]["image"][:, 8, 8].tolist() == [255, 0, 0] and data[0]["image"][:, 0, 0].tolist() == [255] * 3
+
+
+def test_metadata(tmp_path: Path):
+    source = tmp_path / "in"
+    put(source, "a.png", None)
+    put(source, "b.png", None)
+    lines = [
+        {"file_name": "b.png", "text": "second", "concept": "b", "license": "CC0", "split": "valid"},
+        {"file_name": "a.png", "captions": ["first", "one"], "keywords": ["k"]},
+        {"file_name": "gone.png", "text": "gone"},
+    ]
+    (source / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    summary = pack(source, tmp_path / "out")
+    assert summary["splits"] == {"valid": 1, "train": 1} and summary["skipped"] == ["gone.png"]
+    item = ShardDataset(DataConfig(str(tmp_path / "out"), "valid"))[0]
+    assert item["captions"] == ["second"] and item["concept"] == "b" and item["image"].shape == (3, 8, 12)
+    assert ShardDataset(DataConfig(str(tmp_path / "out")))[0]["keywords"] == ["k"]
+
+
+@pytest.mark.parametrize("line", ["{", '{"text": "x"}', "[]", '{"file_name": "../secret.png", "text": "x"}'])
+def test_bad_metadata_is_one_sentence(tmp_path: Path, line: str):
+    source = tmp_path / "in"
+    put(source, "a.png", None)
+    (source / "metadata.jsonl").write_text(line)
+    with pytest.raises(ValueError, match="Line 1 of"):
+        pack(source, tmp_path / "out")
+
+
+def test_nothing_to_pack_leaves_nothing(tmp_path: Path):
+    source = tmp_path / "in"
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        pack(source, tmp_path / "out")
+    source.mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        pack(source, tmp_path / "out")
+    put(source, "a.png", None)
+    with pytest.raises(ValueError, match="None of the 1 pictures"):
+        pack(source, tmp_path / "out")
+    with pytest.raises(ValueError, match="size is 0"):
+        pack(source, tmp_path / "out", 0)
+    with pytest.raises(ValueError, match="not a plain word"):
+        pack(source, tmp_path / "out", split="../x")
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
