@@ -180,7 +180,7 @@ def write_component(name: str, component: Any, root: Path, dtype: torch.dtype | 
         component.save_pretrained(root / name)
     else:
         if dtype is not None and dtype != component.dtype:
-            component = copy.deepcopy(component).to(dtype)
+            component = nn.Module.to(copy.deepcopy(component), dtype)  # diffusers' own `to` warns of nothing
         component.save_pretrained(root / name, max_shard_size=max_shard_size)
     for path in root.rglob("*.json"):  # where it was loaded from says nothing about the model
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -212,5 +212,5 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    text = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
     return text if len(text) <= 240 else text[:239] + "…"
