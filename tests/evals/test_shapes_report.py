@@ -9,7 +9,7 @@ from unclip.corpora.shapes import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, capt
 from unclip.corpora.shapes import draw as draw_scene
 from unclip.evals.corpus import Corpus, Drawing
 from unclip.evals.shapes import read
-from unclip.evals.shapes_report import asked, chance, choose, measure, report, score, unreadable
+from unclip.evals.shapes_report import asked, chance, choose, enlarge, measure, report, score, unreadable
 
 
 def picture(scene):
@@ -130,3 +130,22 @@ def test_the_report_holds_all_its_parts(tiny_model, tmp_path):
     assert figures["minutes"] == {"clip": 1.5}
     assert figures["real"]["shape_and_colour"] == 1
     assert Image.open(tmp_path / "out" / "sheet.png").width > 0
+
+
+def test_pictures_go_on_to_full_size(world, tiny_model, tmp_path):
+    from decoder.decoder import Decoder
+    from unclip.pipeline import UnCLIP
+    from upsamplers.upsampler import Upsampler
+
+    parts = UnCLIP.from_pretrained(tiny_model).components
+    parts["decoder"] = Decoder.from_config(
+        {**parts["decoder"].config, "sample_size": 64, "attention_resolutions": (32,)}
+    )
+    parts["upsampler_256"] = Upsampler.from_config({**parts["upsampler_256"].config, "sample_size": 256})
+    parts |= {"upsampler_1024": None, "upsampler_1024_scheduler": None}
+    pipe = UnCLIP(**parts)
+    draws = choose(world, 4)["seen"]
+    rows = enlarge(pipe, draws, world.pictures([draw.drawing.index for draw in draws]), "fast", tmp_path)
+    assert [row["caption"] for row in rows] == [draw.drawing.caption for draw in draws]
+    assert [Image.open(tmp_path / row["file"]).size for row in rows] == [(256, 256)] * 2
+    assert (tmp_path / "sheet-sizes.png").is_file()
