@@ -56,7 +56,8 @@ def write_stages(root: Path) -> dict[str, Path]:
     }
     schedulers = {
         "prior": make_scheduler("cosine", "sample", clip_sample=False),
-        "decoder": make_scheduler("cosine", "epsilon", learned_variance=True),
+        # v: at the cosine schedule's end x0 of a predicted ε is divided by 5e-5, and rounding errors with it
+        "decoder": make_scheduler("cosine", "v_prediction", learned_variance=True),
         "upsampler_256": make_scheduler("cosine", "v_prediction"),
         "upsampler_1024": make_scheduler("linear", "v_prediction"),
     }

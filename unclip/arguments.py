@@ -112,6 +112,13 @@ def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any) -> None:
             )
 
 
+def finite(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """x itself. Raises ValueError where it holds NaN or infinity."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} gave NaN or infinity in {dtype}; run it in fp32, or check its weights.")
+    return x
+
+
 def quantised(x: Tensor) -> Tensor:
     """Pictures in [−1, 1] at the 256 levels of a file."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1

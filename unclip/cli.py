@@ -212,6 +212,23 @@ def assemble(
     typer.echo(folder)
 
 
+@app.command()
+def pack(
+    path: Annotated[Path, typer.Argument(help="Folder of pictures with .txt files or metadata.jsonl.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the shards.")],
+    size: Annotated[
+        int | None, typer.Option(help="Side that pictures are fitted into; as they are if left out.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of pictures that name none.")] = "train",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus of that name.")] = False,
+) -> None:
+    """Turn a folder of captioned pictures into shards."""
+    from unclip.corpora.pack import pack as pack_folder
+
+    pack_folder(path, out, size, split, overwrite, progress=_bar)
+    typer.echo(out)
+
+
 @corpus.command()
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder of the shards.")],
@@ -276,6 +293,25 @@ def concepts(
         dtype.value,
         Bars(),
     )
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command("shapes")
+def shapes_report(
+    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
+    corpus: Annotated[Path, typer.Option(help="Folder of the shapes corpus.")] = Path("corpora/shapes-64"),
+    out: Annotated[Path, typer.Option(help="Folder of report.json and the sheet.")] = Path("runs/shapes"),
+    count: Annotated[int, typer.Option(help="How many captions, half seen in training.")] = 400,
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Annotated[str, typer.Option()] = "default",
+    device: Annotated[Device, typer.Option()] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
+) -> None:
+    """How often a model of the shapes world draws what its caption says, read by a program."""
+    from unclip.evals.shapes_report import report
+
+    quiet_libraries()
+    figures = report(model, corpus, out, count, seed, preset, None, device.value, dtype.value, Bars())
     typer.echo(json.dumps(figures, indent=1))
 
 

@@ -27,6 +27,7 @@ from unclip.arguments import (
     check_seeds,
     choose_device,
     choose_dtype,
+    finite,
     quantised,
     reporter,
 )
@@ -369,7 +370,7 @@ class UnCLIP(DiffusionPipeline):
             denoise = guided(net, context, null, settings.guidance_scale)
             report = reporter(callback, name, len(steps), draw[0] * batches + batch, draw[1] * batches)
             results.append(sample(denoise, scheduler, noise, steps, generators, report, eta=settings.eta))
-        return torch.cat(results)
+        return finite(torch.cat(results), name, net.dtype)
 
     def _null_context(self, name: str, conditions: Mapping[str, Tensor], rows: int) -> Any:
         """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change."""

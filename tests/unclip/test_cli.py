@@ -150,6 +150,21 @@ def test_a_long_prompt_is_a_warning(run, tiny_model: Path) -> None:
     assert [line for line in err.splitlines() if line.startswith("warning: ") and "zebra" in line]
 
 
+def test_corpora_from_the_command_line(run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "mine" / "a.png")
+    (tmp_path / "mine" / "a.txt").write_text("a red field")
+    status, out, err = run("pack", "mine", "packed", "--size", 16)
+    assert (status, out) == (0, ["packed"]), err
+    assert (tmp_path / "packed" / "dataset.json").is_file()
+    status, out, err = run("pack", "mine", "packed", "--size", 16)
+    assert (status, out) == (2, [])
+    assert err.startswith("unclip: ")
+    for command in (("pack", "nowhere", "x"), ("corpus", "shapes", "--out", "x", "--size", 1), ("evals", "concepts")):
+        status, out, err = run(*command)
+        assert (status, out, err.count("\n")) == (2, [], 1), err
+
+
 def test_slugs_are_names_of_files() -> None:
     assert slug("A red apple, glossy 3D") == "a-red-apple-glossy-3d"
     assert slug("../../etc/passwd") == "etc-passwd"

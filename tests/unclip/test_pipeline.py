@@ -362,6 +362,14 @@ def test_bad_arguments_are_refused_before_any_work(pipe: UnCLIP, arguments: dict
     assert "\n" not in str(caught.value)
 
 
+def test_broken_weights_are_an_error_not_a_picture(tiny_model: Path) -> None:
+    broken = UnCLIP.from_pretrained(tiny_model)
+    with torch.no_grad():
+        next(broken.decoder.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="decoder gave NaN"):
+        broken("a red apple", size=16)
+
+
 def test_a_long_prompt_is_cut_with_a_warning_that_names_the_rest(pipe: UnCLIP) -> None:
     with pytest.warns(UserWarning, match="zebra"):
         pipe("a red apple " * 20 + "zebra", size=16)
