@@ -307,14 +307,13 @@ class UnCLIP(DiffusionPipeline):
         `seed`. Raises ValueError or TypeError, before any work, for arguments out of range.
         """
         prompts = check_prompts(prompt)
-        seeds = check_seeds(seed, num_images, generator)
+        seeds = check_seeds(seed, num_images, generator) * len(prompts)
         size = self.sizes[-1] if size is None else size
         if size not in self.sizes:
             raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r} is unknown; give 'pil', 'np' or 'pt'.")
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps)
-        seeds = seeds * len(prompts)
         if z_i is not None and tuple(z_i.shape) != (len(seeds), self.decoder.config["z_i_width"]):
             raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({len(seeds)}, {self.decoder.config['z_i_width']}).")
 
