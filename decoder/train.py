@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
+from unclip.clip.remember import RememberedCLIP
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
@@ -31,17 +32,18 @@ class DecoderConfig:
     lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned
     drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
     drop_text: float = 0.5
+    remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
 
 
 @torch.no_grad()
-def encode(clip: CLIP, x0: Tensor, captions: list[str], z_i: Tensor | None = None) -> dict[str, Tensor]:
+def encode(clip: RememberedCLIP, x0: Tensor, captions: list[str], z_i: Tensor | None = None) -> dict[str, Tensor]:
     """The decoder's conditions for pictures x0 (b, 3, h, w) and their captions; a `z_i` (b, d) computed before is kept."""
     text = clip.encode_text(captions)
     z_i = clip.encode_image(x0) if z_i is None else z_i
     return {"z_i": z_i.float(), "text": text.states.float(), "text_mask": text.mask}
 
 
-def decoder_loss(config: DecoderConfig, clip: CLIP, diffusion: Diffusion) -> LossFn:
+def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
     """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned."""
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,7 +66,7 @@ def decoder_loss(config: DecoderConfig, clip: CLIP, diffusion: Diffusion) -> Los
     return loss_fn
 
 
-def decoder_samples(clip: CLIP, scheduler: Any, guidance_scale: float = 2.0, steps: int = 20) -> SampleFn:
+def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float = 2.0, steps: int = 20) -> SampleFn:
     """Decodes the true z_i of a batch's pictures, with its captions, for the grid of a tracker."""
 
     def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
@@ -85,12 +87,12 @@ def run(config: DecoderConfig) -> Path:
     """Trains a decoder; returns the folder of the exported network."""
     dataset = ShardDataset(config.data)
     validation = ShardDataset(config.validation) if config.validation else None
-    clip = CLIP.from_pretrained(config.clip).eval().requires_grad_(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     model = Decoder(**config.model)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     scheduler.save_pretrained(Path(config.train.out) / "scheduler")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loss_fn = decoder_loss(config, clip.to(device), Diffusion.from_scheduler(scheduler).to(device))
+    loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device))
     return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
 
 
