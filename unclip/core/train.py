@@ -326,7 +326,8 @@ class _Run:
                 array = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
                 for tracker in self.accelerator.trackers:
                     if hasattr(tracker, "log_images"):
-                        tracker.log_images({"samples": array}, step=done)  # pyright: ignore[reportAttributeAccessIssue]
+                        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images({"samples": array}, step=done, **options)  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.wait_for_everyone()
         self.since = time.perf_counter()
 
