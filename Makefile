@@ -2,26 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint train-shapes
+.PHONY: demo test types train-shapes
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-.venv/installed-test: .venv/installed
-	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
-	touch $@
-
-demo: .venv/installed
-	$(BIN)/unclip sample "a red apple, glossy 3D"
-
-test: .venv/installed-test lint
-	$(BIN)/python -m pytest
-
-lint: .venv/installed-test
+.venv/installed-test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# Beside what `test` checks: types. Pyright fetches its own program from the npm registry at its first run.
+types: .venv/installed-test
 	$(BIN)/pyright
 
 train-shapes: .venv/installed-test

@@ -89,6 +89,7 @@ def run(config: DecoderConfig) -> Path:
     validation = ShardDataset(config.validation) if config.validation else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
+    torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     scheduler.save_pretrained(Path(config.train.out) / "scheduler")

@@ -89,6 +89,7 @@ def run(config: UpsamplerConfig) -> Path:
     """Trains an upsampler; returns the folder of the exported network."""
     dataset = ShardDataset(config.data)
     validation = ShardDataset(config.validation) if config.validation else None
+    torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)
     factor = model.config["factor"]
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
