@@ -55,6 +55,22 @@ app.add_typer(corpus, name="corpus")
 app.add_typer(evals, name="evals")
 
 PICTURES_AT_ONCE = 8
+LONGEST_WARNING = 400
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"unclip {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Text to image by CLIP latents: caption → z_i → 64 → 256 → 1024 px."""
 
 
 class Device(StrEnum):
@@ -115,8 +131,9 @@ def sample(
 ) -> None:
     """Draw pictures of prompts; the last line of output is the path of the last picture, or of the sheet."""
     texts = read_prompts(prompts or [], from_file)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder.")
+    from unclip.pictures import check_folder
+
+    check_folder(out, "--out")
     from unclip.arguments import check_prompts, check_seeds
 
     check_prompts(texts)
@@ -133,11 +150,9 @@ def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
     """Prompts given, then those of a file, one a line, empty lines left out."""
     if from_file is not None:
         if not from_file.is_file():
-            raise FileNotFoundError(
-                f"--from-file {from_file} is not there; give a text file with a prompt on each line."
-            )
+            raise FileNotFoundError(f"--from-file {from_file} is no file; give a text file with a prompt on each line.")
         try:
-            lines = from_file.read_text(encoding="utf-8").splitlines()
+            lines = from_file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"--from-file {from_file} is not UTF-8 text; give a prompt on each line.") from error
         prompts = [*prompts, *(line.strip() for line in lines if line.strip())]
@@ -275,6 +290,10 @@ def concepts(
     dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
 ) -> None:
     """Nearest-concept accuracy of a model's pictures, with its ceiling and floor."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    check_file(sheet, "--sheet")
     from unclip.evals.concepts import evaluate
 
     quiet_libraries()
@@ -308,6 +327,9 @@ def shapes_report(
     dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
 ) -> None:
     """How often a model of the shapes world draws what its caption says, read by a program."""
+    from unclip.pictures import check_folder
+
+    check_folder(out, "--out")
     from unclip.evals.shapes_report import report
 
     quiet_libraries()
@@ -328,6 +350,9 @@ def sheet(
     dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
 ) -> None:
     """One picture of each of a file's captions, unpicked, on a labelled sheet."""
+    from unclip.pictures import check_file
+
+    check_file(out, "--out")
     from unclip.evals.sheets import caption_sheet
 
     quiet_libraries()
@@ -353,7 +378,9 @@ def quiet_libraries() -> None:
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     if issubclass(category, UserWarning):
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+        text = " ".join(str(message).split())
+        text = text if len(text) <= LONGEST_WARNING else f"{text[: LONGEST_WARNING - 1]}…"
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,23 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Raises ValueError where `folder`, which `option` named, is a file, or could not be made or written to."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option} {folder} is a file; give a folder.")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{option} {folder} cannot be written: {nearest} does not allow it; give another folder.")
+
+
+def check_file(file: Path | None, option: str) -> None:
+    """Raises ValueError where `file`, which `option` named, is a folder, or could not be written; None is no file."""
+    if file is not None and file.is_dir():
+        raise ValueError(f"{option} {file} is a folder; give the name of a file.")
+    if file is not None:
+        check_folder(file.parent, f"{option} {file}: its folder")
+
+
 def slug(prompt: str, length: int = 60) -> str:
     """The prompt as part of a file name: lower case, words of any script joined by hyphens, cut at a word's end."""
     words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())

@@ -108,12 +108,14 @@ def test_prompts_from_a_file_and_a_grid(run, tiny_model: Path, tmp_path: Path) -
         (["x", "--size", "100"], "size 100 is not offered"),
         (["x", "--preset", "best"], "preset 'best' is unknown"),
         (["x", "--guidance", "-2"], "guidance scale is -2"),
-        (["x", "--from-file", "nowhere.txt"], "nowhere.txt is not there"),
+        (["x", "--from-file", "nowhere.txt"], "nowhere.txt is no file"),
         (["x", "--model", "nowhere"], "there is no model 'nowhere'"),
         (["x", "--dtype", "int8"], "int8"),
         (["x", "--device", "abacus"], "abacus"),
         (["x", "--colour", "red"], "--colour"),
         (["x", "--out", "taken"], "is a file"),
+        (["x", "--out", "taken/sub/folder"], "taken does not allow it"),
+        (["x", "--from-file", "."], ". is no file"),
     ],
 )
 def test_bad_input_is_one_sentence_and_no_file(run, tiny_model: Path, tmp_path: Path, arguments, says: str) -> None:
@@ -148,6 +150,44 @@ def test_a_long_prompt_is_a_warning(run, tiny_model: Path) -> None:
     status, _, err = run(*sample(tiny_model, "a red apple " * 20 + "zebra", "--size", 16))
     assert status == 0
     assert [line for line in err.splitlines() if line.startswith("warning: ") and "zebra" in line]
+
+
+def test_a_warning_is_not_pages_long(run, tiny_model: Path) -> None:
+    status, _, err = run(*sample(tiny_model, "zebra" * 2000, "--size", 16))
+    assert status == 0
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "cut from it" in warning
+    assert len(warning) < 500
+
+
+def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa pear\r\n\r\na fig\r\n")
+    status, out, err = run(*sample(tiny_model, "--from-file", "prompts.txt", "--size", 16))
+    assert status == 0, err
+    assert [(read_chunks(Path(path)) or {})["prompt"] for path in out] == ["a pear", "a fig"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evals", "concepts", "--json", "taken/figures.json"),
+        ("evals", "concepts", "--sheet", "."),
+        ("evals", "shapes", "--out", "taken"),
+        ("evals", "sheet", "--out", "taken/sheet.png"),
+    ],
+)
+def test_where_results_go_is_checked_before_they_are_made(run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "taken").write_text("mine")
+    status, out, err = run(*command)
+    assert (status, out) == (2, [])
+    assert f"{command[-2]} {command[-1]}" in err
+    assert files(tmp_path) == {"taken": b"mine"}
+
+
+def test_version(run) -> None:
+    from unclip import __version__
+
+    assert run("--version") == (0, [f"unclip {__version__}"], "")
 
 
 def test_corpora_from_the_command_line(run, tmp_path: Path) -> None:
