@@ -4,12 +4,10 @@ BIN := .venv/bin
 
 .PHONY: demo test types train-shapes
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt -e .
-	touch $@
+demo: .venv/installed
+	$(BIN)/unclip sample "a red apple, glossy 3D"
 
-.venv/installed-test: .venv/installed-test
+test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
@@ -18,5 +16,14 @@ BIN := .venv/bin
 types: .venv/installed-test
 	$(BIN)/pyright
 
-train-shapes: .venv/installed-test
+train-shapes: .venv/installed
 	$(BIN)/python -m recipes.shapes.run
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
