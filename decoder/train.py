@@ -1,10 +1,11 @@
-"""The decoder's loss (§2.1), and the command that trains it: `python -m decoder.train --config recipes/emoji/decoder.yaml`."""
+"""The decoder's loss (§2.1); `python -m decoder.train --config recipes/emoji/decoder.yaml` trains it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from decoder.decoder import Decoder
@@ -13,7 +14,7 @@ from unclip.clip.remember import RememberedCLIP
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, train
+from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, save_scheduler, train
 
 
 @dataclass
@@ -37,7 +38,7 @@ class DecoderConfig:
 
 @torch.no_grad()
 def encode(clip: RememberedCLIP, x0: Tensor, captions: list[str], z_i: Tensor | None = None) -> dict[str, Tensor]:
-    """The decoder's conditions for pictures x0 (b, 3, h, w) and their captions; a `z_i` (b, d) computed before is kept."""
+    """The decoder's conditions for pictures x0 (b, 3, h, w) and captions; a `z_i` (b, d) computed before is kept."""
     text = clip.encode_text(captions)
     z_i = clip.encode_image(x0) if z_i is None else z_i
     return {"z_i": z_i.float(), "text": text.states.float(), "text_mask": text.mask}
@@ -49,7 +50,8 @@ def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusi
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
         x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
-        conditions = encode(clip, x0, captions, batch.get("z_i"))
+        # an embedding computed before is that of the picture on white
+        conditions = encode(clip, x0, captions, None if config.data.background else batch.get("z_i"))
         t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
@@ -87,12 +89,12 @@ def run(config: DecoderConfig) -> Path:
     """Trains a decoder; returns the folder of the exported network."""
     dataset = ShardDataset(config.data)
     validation = ShardDataset(config.validation) if config.validation else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Any = PartialState().device
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
-    scheduler.save_pretrained(Path(config.train.out) / "scheduler")
+    save_scheduler(config.train, scheduler)
     loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device))
     return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
 

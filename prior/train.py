@@ -1,7 +1,7 @@
 """The prior's loss (§2.2); `python -m prior.train --config recipes/emoji/prior.yaml` trains it."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.train import Batch, LossFn, TrainConfig, main, train
+from unclip.core.train import Batch, LossFn, TrainConfig, main, save_scheduler, train
 
 
 @dataclass
@@ -109,13 +109,13 @@ def run(config: PriorConfig) -> Path:
         mean, std = embedding_statistics(remembered, dataset, config)
         model.set_statistics(mean.cpu(), std.cpu())
     scheduler = make_scheduler(config.schedule, "sample", clip_sample=False)
-    scheduler.save_pretrained(Path(config.train.out) / "scheduler")
+    save_scheduler(config.train, scheduler)
     diffusion = Diffusion.from_scheduler(scheduler).to(device)
     folder = train(config.train, model, prior_loss(config, remembered, diffusion), dataset, validation)
     if config.evaluate and PartialState().is_main_process:
         trained = DiffusionPrior.from_pretrained(folder).to(device).eval()
         figures = {
-            split: evaluate(trained, clip, scheduler, ShardDataset(DataConfig(config.data.path, split)))
+            split: evaluate(trained, clip, scheduler, ShardDataset(replace(config.data, split=split, background=0.0)))
             for split in config.evaluate
         }
         (Path(config.train.out) / "evaluation.json").write_text(json.dumps(figures, indent=2))

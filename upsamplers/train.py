@@ -1,16 +1,17 @@
-"""The upsamplers' loss (§2.1), and the command that trains one: `python -m upsamplers.train --config recipes/….yaml`."""
+"""The upsamplers' loss (§2.1); `python -m upsamplers.train --config recipes/emoji/upsampler_256.yaml` trains one."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, train
+from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, save_scheduler, train
 from upsamplers.degradations import bsr, downsample, gaussian_blur
 from upsamplers.upsampler import Upsampler
 
@@ -93,8 +94,8 @@ def run(config: UpsamplerConfig) -> Path:
     model = Upsampler(**config.model)
     factor = model.config["factor"]
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
-    scheduler.save_pretrained(Path(config.train.out) / "scheduler")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    save_scheduler(config.train, scheduler)
+    device: Any = PartialState().device
     loss_fn = upsampler_loss(config, factor, Diffusion.from_scheduler(scheduler).to(device))
     return train(config.train, model, loss_fn, dataset, validation, upsampler_samples(config, factor, scheduler))
 

@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--from", dest="first", choices=order, default="corpus")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    minutes: dict[str, float] = {}
+    times = out / "minutes.json"  # of every step, also of an earlier run's that this one goes on from
+    minutes: dict[str, float] = json.loads(times.read_text()) if times.is_file() else {}
     for step in order[order.index(arguments.first) :]:
         before = time.monotonic()
         if step == "corpus":
@@ -60,6 +61,7 @@ def main() -> None:
         else:
             train_stage(step, out)
         minutes[step] = round((time.monotonic() - before) / 60, 2)
+        write_json(minutes, times)
         print(f"{step}: {minutes[step]} min", flush=True)
     figures = json.loads((out / "report.json").read_text())
     write_json({**figures, "minutes": round(sum(minutes.values()), 2), "minutes_of": minutes}, out / "report.json")

@@ -1,6 +1,7 @@
 """CLIP (stage 0): one space for pictures and captions; both encoders of the stack come from it."""
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ class CLIP(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -> "CLIP":
         """Loads what `save_pretrained` wrote (`clip/` and `tokenizer/`), or a transformers CLIP by folder or hub name.
 
-        Raises FileNotFoundError for a folder without a model, ValueError for a model of another kind.
+        Raises FileNotFoundError where there is no model, ValueError for a model of another kind.
         """
         root = Path(name_or_folder)
         model_name, tokenizer_name = str(name_or_folder), str(name_or_folder)
@@ -170,7 +171,15 @@ class CLIP(nn.Module):
             for folder in (model_name, tokenizer_name):
                 if not any((Path(folder) / f).is_file() for f in ("config.json", "tokenizer_config.json")):
                     raise FileNotFoundError(f"{folder} holds no CLIP; give a folder with clip/ and tokenizer/ in it.")
-        config = AutoConfig.from_pretrained(model_name)
+        elif not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model_name):
+            raise FileNotFoundError(f"there is no CLIP folder {model_name}: train one first, or give a hub name.")
+        try:
+            config = AutoConfig.from_pretrained(model_name)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise FileNotFoundError(
+                f"the CLIP {model_name!r} is no folder here and could not be fetched from the hub ({reason})."
+            ) from error
         if isinstance(config, CLIPConfig):
             model = CLIPModel.from_pretrained(model_name, dtype=dtype)
         elif isinstance(config, VisionTextDualEncoderConfig):

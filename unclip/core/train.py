@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -80,7 +80,7 @@ def main(config_class: type[Config], run: Callable[[Config], object], args: Sequ
     config = parse(config_class, args)
     try:
         run(config)
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, OSError) as error:
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -144,10 +144,14 @@ def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 class _Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between two steps; asked again later, it stops at once.
+
+    A launcher of several processes hands on the signal that the terminal has sent already: within five seconds, two
+    are one.
+    """
 
     def __enter__(self) -> "_Interrupt":
-        self.asked = False
+        self.asked, self.since = False, 0.0
         self.previous: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch there
@@ -155,9 +159,10 @@ class _Interrupt:
         return self
 
     def _ask(self, number: int, _: object) -> None:
-        if self.asked:
+        if self.asked and time.monotonic() - self.since > 5:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self.since = True, time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
@@ -167,7 +172,8 @@ class _Interrupt:
         """True on every process as soon as one was asked."""
         if accelerator.num_processes == 1:
             return self.asked
-        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device)).item())
+        asked: Any = accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device))
+        return bool(asked.item())
 
 
 def _check(config: TrainConfig, length: int, world: int) -> None:
@@ -181,10 +187,21 @@ def _check(config: TrainConfig, length: int, world: int) -> None:
             f"batch_size {config.batch_size} cannot be split over {world} processes with {config.accumulation} "
             f"micro-batches each: make it a multiple of {world * config.accumulation}."
         )
-    if not config.resume and checkpoint.states(Path(config.out)):
-        raise ValueError(f"{config.out} holds the states of an earlier run: add --resume, or choose another train.out.")
+    _check_free(config)
     if length == 0:
         raise ValueError("the training set is empty: look at `data.split` and what narrows it.")
+
+
+def _check_free(config: TrainConfig) -> None:
+    if not config.resume and checkpoint.states(Path(config.out)):
+        raise ValueError(f"{config.out} holds the states of an earlier run: add --resume, or choose another train.out.")
+
+
+def save_scheduler(config: TrainConfig, scheduler: Any) -> None:
+    """Writes a diffusers scheduler to `OUT/scheduler/`; ValueError where an earlier run's would be overwritten."""
+    _check_free(config)
+    if PartialState().is_main_process:
+        scheduler.save_pretrained(Path(config.out) / "scheduler")
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -284,10 +301,12 @@ class _Run:
                 accelerator.backward(loss / config.accumulation)
             for name, value in {"loss": loss, **metrics}.items():
                 self.add(name, value.detach().float() / config.accumulation)
-        self.add("grad_norm", accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad).detach())
+        norm: Any = accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.model.parameters())
+        if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflow, by design
+            self.add("grad_norm", norm.detach())
+            self.ema.step(self.model.parameters())
         self.count += 1
         self.bar.update()
 
@@ -296,7 +315,8 @@ class _Run:
 
     def report(self, done: int) -> None:
         """Logs the means since the last report; FloatingPointError where one is not finite."""
-        values = {k: float(self.accelerator.reduce(v, "mean")) / self.count for k, v in self.sums.items()}
+        means: dict[str, Any] = {k: self.accelerator.reduce(v, "mean") for k, v in self.sums.items()}
+        values = {k: float(mean) / self.count for k, mean in means.items()}
         if not all(math.isfinite(v) for v in values.values()):
             raise FloatingPointError(
                 f"the loss is no longer finite near step {done} ({values}): go back to the last state with --resume "

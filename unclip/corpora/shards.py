@@ -26,11 +26,13 @@ def encode_webp(picture: Image.Image, effort: int = 4) -> bytes:
 def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty `OUT.partial`; rename it to OUT when the block ends well, delete it when it does not.
 
-    Raises FileExistsError if OUT exists and overwrite is false.
+    Raises FileExistsError if OUT exists and overwrite is false, or if it is no corpus: nothing but corpora is replaced.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already: choose another folder or ask for overwriting.")
+    if out.exists() and not (out / "dataset.json").is_file():
+        raise FileExistsError(f"{out} exists and is no corpus: choose another folder or move it away.")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
