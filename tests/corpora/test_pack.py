@@ -76,3 +76,10 @@ def test_nothing_to_pack_leaves_nothing(tmp_path: Path):
     with pytest.raises(ValueError, match="not a plain word"):
         pack(source, tmp_path / "out", split="../x")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def test_overwriting_replaces_nothing_but_a_corpus(tmp_path: Path):
+    put(tmp_path / "in", "a.png", "red")
+    with pytest.raises(FileExistsError, match="is no corpus"):
+        pack(tmp_path / "in", tmp_path / "in", overwrite=True)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.png", "a.txt", "in"]

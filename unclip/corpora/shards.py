@@ -31,7 +31,7 @@ def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already: choose another folder or ask for overwriting.")
-    if out.exists() and not (out / "dataset.json").is_file():
+    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / "dataset.json").is_file()):
         raise FileExistsError(f"{out} exists and is no corpus: choose another folder or move it away.")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
