@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 CAPTIONS = [
@@ -16,6 +18,10 @@ CAPTIONS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="store the losses of this machine's run as goldens")
+
+
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
     """Moves every weight off where it started: a zero-initialised branch would hide what runs through it."""
@@ -23,6 +29,35 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module
     for parameter in module.parameters():
         parameter += scale * torch.randn(parameter.shape, generator=generator)
     return module.eval()
+
+
+def write_corpus(folder: Path) -> Path:
+    """Sixteen 32×32 pictures in eight colours, of halves and of corners, by integer arithmetic alone."""
+    from unclip.core.data import COLOURS
+    from unclip.corpora.shards import ShardWriter, encode_webp
+
+    folder.mkdir(parents=True)
+    y, x = np.mgrid[:32, :32]
+    with ShardWriter(folder) as writer:
+        for i, (name, colour) in enumerate(list(COLOURS.items())[:8] * 2):
+            shape, inside = ("half", x < 16) if i < 8 else ("corner", x + y < 32)
+            picture = np.where(inside[..., None], np.array(colour), 255).astype(np.uint8)
+            captions = [f"a {name} {shape}", f"{name} {shape}"]
+            meta = {"captions": captions, "concept": captions[1], "style": shape, "group": "plain", "split": "train"}
+            writer.add(f"{i:02d}", encode_webp(Image.fromarray(picture)), meta)
+    return folder
+
+
+def write_clip(folder: Path) -> Path:
+    """A tiny CLIP for pictures of 32×32 with random weights; its vocabulary is the bytes."""
+    from unclip.clip.model import CLIP, CLIPArguments
+
+    torch.manual_seed(0)
+    image = {"image_size": 32, "patch_size": 16, "image_width": 16, "image_depth": 1, "image_heads": 2}
+    text = {"text_width": 16, "text_depth": 1, "text_heads": 2, "vocab_size": 259, "context_length": 24}
+    clip = CLIP.build(CLIPArguments(dim=12, **image, **text), CAPTIONS)
+    randomise(clip).save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    return folder
 
 
 def write_stages(root: Path) -> dict[str, Path]:
@@ -66,6 +101,18 @@ def write_stages(root: Path) -> dict[str, Path]:
         if name in schedulers:
             schedulers[name].save_pretrained(root / name / "scheduler")
     return {name: root / name for name in networks}
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards, to be read only: sixteen pictures of 32×32 with captions, split `train`."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "plain")
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP's folder: z_i (12,), token states (n, 16), pictures of 32×32."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "model")
 
 
 @pytest.fixture(scope="session")

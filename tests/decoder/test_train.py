@@ -1,0 +1,234 @@
+"""The decoder's loss, what it drops and how often, its grid of samples, and a whole small run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from decoder.decoder import Decoder
+from decoder.train import DecoderConfig, decoder_loss, decoder_samples, run
+from unclip.clip.model import CLIP
+from unclip.clip.remember import RememberedCLIP
+from unclip.core.data import DataConfig, Draws, ShardDataset, collate, to_pixels
+from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.train import TrainConfig, main, parse
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/decoder.yaml"))
+MODEL = {
+    "sample_size": 32,
+    "patch_size": 2,
+    "model_channels": 16,
+    "channel_multipliers": (1, 2),
+    "num_res_blocks": 1,
+    "attention_resolutions": (8,),
+    "head_channels": 8,
+    "learned_variance": False,
+    "z_i_width": 12,
+    "z_i_scale": 3.0,
+    "z_i_tokens": 2,
+    "text_width": 16,
+    "context_width": 16,
+}
+
+
+def config_of(corpus: Path, out: Path | str = "unused", clip: Path | str = "unused", **more) -> DecoderConfig:
+    settings = {"steps": 1, "batch_size": 8, "learning_rate": 3e-3, "warmup": 5, "ema": 0.9, "precision": "no"}
+    train = {**settings, "tracker": "none", **more.pop("train", {})}
+    model = {**MODEL, **more.pop("model", {})}
+    return DecoderConfig(model, TrainConfig(str(out), **train), DataConfig(str(corpus)), str(clip), **more)
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip: Path) -> RememberedCLIP:
+    return RememberedCLIP(CLIP.from_pretrained(tiny_clip))
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_corpus: Path) -> dict[str, Any]:
+    """A batch of all sixteen pictures, without draws."""
+    dataset = ShardDataset(DataConfig(str(tiny_corpus)))
+    return collate([dataset[i] for i in range(len(dataset))])
+
+
+def drawn(rows: dict[str, Any], step: int = 0) -> dict[str, Any]:
+    return {**rows, "draws": Draws(0, step, range(len(rows["image"])))}
+
+
+def loss_of(config: DecoderConfig, clip: RememberedCLIP):
+    scheduler = make_scheduler(config.schedule, config.prediction, config.model["learned_variance"])
+    return decoder_loss(config, clip, Diffusion.from_scheduler(scheduler))
+
+
+def randomised() -> Decoder:
+    torch.manual_seed(0)
+    decoder = Decoder(**MODEL)
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return decoder
+
+
+class Answer(nn.Module):
+    """Answers what it is told, and keeps what it was asked."""
+
+    def __init__(self, answer: Tensor):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def forward(self, x_t: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        self.asked.append({"x_t": x_t, "t": t, **conditions})
+        return self.answer
+
+
+def test_loss_is_the_error_and_a_function_of_the_draws(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    loss_fn = loss_of(config_of(tiny_corpus, prediction="sample"), clip)
+    x0 = to_pixels(rows["image"])
+    net = Answer(x0)
+    assert loss_fn(net, drawn(rows))[0] == 0
+    net.answer = torch.zeros_like(x0)
+    assert loss_fn(net, drawn(rows))[0].item() == pytest.approx(x0.square().mean().item())
+    loss_fn(net, drawn(rows, step=1))
+    first, again, other = net.asked
+    assert torch.equal(first["x_t"], again["x_t"]) and torch.equal(first["t"], again["t"])
+    assert not torch.equal(first["x_t"], other["x_t"]) and not torch.equal(first["t"], other["t"])
+    assert torch.allclose(first["z_i"], clip.clip.encode_image(x0), atol=1e-6)
+
+
+def test_rows_do_not_depend_on_their_batch(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    """The mean of the losses of two halves is the loss of the whole: what accumulation and processes rest on."""
+    loss_fn, net = loss_of(config_of(tiny_corpus), clip), randomised()
+    dataset = ShardDataset(DataConfig(str(tiny_corpus)))
+    halves = []
+    for half in (range(8), range(8, 16)):
+        batch = {**collate([dataset[i] for i in half]), "draws": Draws(0, 0, half)}
+        halves.append(loss_fn(net, batch)[0].item())
+    assert sum(halves) / 2 == pytest.approx(loss_fn(net, drawn(rows))[0].item(), rel=1e-5)
+
+
+def test_dropped_z_i_has_no_gradient_at_all(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    """A `z_i` stored with the data is taken as it is, so that it can be asked for its gradient."""
+    for probability, dropped in ((1.0, True), (0.0, False)):
+        z_i = clip.encode_image(to_pixels(rows["image"])).clone().requires_grad_()
+        config = config_of(tiny_corpus, drop_z_i=probability, drop_text=0.0)
+        loss_of(config, clip)(randomised(), {**drawn(rows), "z_i": z_i})[0].backward()
+        assert z_i.grad is not None
+        assert bool((z_i.grad == 0).all()) == dropped
+        assert bool(z_i.grad.any(dim=1).all()) != dropped
+
+
+def test_dropped_text_changes_nothing(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    others = {**rows, "captions": [["a word", "another"]] * 16}
+    for probability, dropped in ((1.0, True), (0.0, False)):
+        loss_fn = loss_of(config_of(tiny_corpus, drop_z_i=0.0, drop_text=probability), clip)
+        losses = [loss_fn(randomised(), drawn(batch))[0].item() for batch in (rows, others)]
+        assert (losses[0] == pytest.approx(losses[1], abs=1e-6)) == dropped
+
+
+def test_conditions_are_dropped_as_often_as_asked_and_independently(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    config = config_of(tiny_corpus)
+    assert (config.drop_z_i, config.drop_text) == (0.1, 0.5)  # §2.1
+    net, loss_fn = Answer(torch.zeros(16, 3, 32, 32)), loss_of(config, clip)
+    for step in range(60):
+        loss_fn(net, drawn(rows, step))
+    z_i, text = (torch.cat([asked[name] for asked in net.asked]).float() for name in ("drop_z_i", "drop_text"))
+    assert z_i.mean().item() == pytest.approx(0.1, abs=0.03)
+    assert text.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert (z_i * text).mean().item() == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("changes", [{"prediction": "sample"}, {"prediction": "epsilon", "weighting": "min_snr"}])
+def test_overfits_one_batch(tiny_corpus: Path, clip: RememberedCLIP, changes: dict):
+    config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, **changes)
+    dataset = ShardDataset(config.data)
+    batch = collate([dataset[i] for i in range(4)])
+    torch.manual_seed(0)
+    decoder, loss_fn = Decoder(**config.model), loss_of(config, clip)
+    optimizer = torch.optim.Adam(decoder.parameters(), 5e-3)
+    losses = []
+    for _ in range(50):
+        optimizer.zero_grad()
+        loss = loss_fn(decoder, drawn(batch))[0]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+def test_samples_for_the_grid(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    sample_fn = decoder_samples(clip, make_scheduler("cosine", "v_prediction"), steps=3)
+    with torch.no_grad():
+        pictures = sample_fn(randomised().eval(), drawn(rows))
+        assert pictures.shape == (16, 3, 32, 32)
+        assert pictures.abs().max() <= 1 + 1e-6
+        assert torch.equal(pictures, sample_fn(randomised().eval(), drawn(rows)))
+    assert not torch.allclose(pictures[0], pictures[8], atol=1e-2)
+
+
+def test_a_run_learns_and_leaves_a_folder_that_loads(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path):
+    """With the tracker that most use, which is handed pictures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"steps": 40, "log_every": 5, "tracker": "tensorboard"}
+    config = config_of(tiny_corpus, tmp_path, tiny_clip, prediction="sample", train=settings)
+    config.validation = DataConfig(str(tiny_corpus), limit=8)
+    folder = run(config)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert losses[-1] < losses[0] / 2
+    assert log[-1]["validation/loss"] < losses[0]
+    assert {k: Decoder.from_pretrained(folder).config[k] for k in MODEL} == {
+        k: list(v) if isinstance(v, tuple) else v for k, v in MODEL.items()
+    }
+    scheduler = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "sample"
+    events = EventAccumulator(str(next((tmp_path / "logs").rglob("events*")).parent))
+    events.Reload()
+    assert {"loss", "validation/loss", "images_per_second"} <= set(events.Tags()["scalars"])
+    images = [events.Images(tag) for tag in events.Tags()["images"]]
+    assert images and (images[0][0].width, images[0][0].height) == (32 * 8, 32)
+    assert not [p for p in tmp_path.rglob("*") if p.name.endswith((".partial", ".old"))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"clip": "no/such/folder"}, "no CLIP folder no/such/folder"),
+        ({"data": "nowhere"}, "no corpus folder nowhere"),
+        ({"model": {"z_i_width": 13}}, r"z_i has shape \(8, 12\); this decoder expects \(b, 13\)"),
+        ({"model": {"text_width": 20}}, r"text has shape .*20"),
+        ({"model": {"colours": 3}}, "colours"),
+        ({"model": {"attention_resolutions": (7,)}}, r"attention_resolutions name \[7\]"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path, changes, sentence: str):
+    changes = {"clip": str(tiny_clip), "data": str(tiny_corpus), **changes}
+    config = config_of(Path(changes.pop("data")), tmp_path / "out", **changes)
+    with pytest.raises((ValueError, TypeError, OSError), match=sentence) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_an_earlier_run_is_left_as_it_is(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path):
+    run(config_of(tiny_corpus, tmp_path, tiny_clip))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="add --resume"):
+        run(config_of(tiny_corpus, tmp_path, tiny_clip, prediction="sample", schedule="linear"))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_the_command_says_in_one_line_what_was_wrong(tiny_corpus: Path, tmp_path: Path):
+    recipe = tmp_path / "decoder.yaml"
+    train = "{out: o, steps: 1, batch_size: 1}"
+    recipe.write_text(f"model: {{}}\nclip: no/such/folder\ndata: {{path: {tiny_corpus}}}\ntrain: {train}\n")
+    with pytest.raises(SystemExit, match=r"error: .*no/such/folder"):
+        main(DecoderConfig, run, ["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_recipes_fit_their_config_and_network(recipe: Path):
+    config = parse(DecoderConfig, ["--config", str(recipe)])
+    with torch.device("meta"):
+        Decoder(**config.model)
