@@ -33,7 +33,7 @@ class CLIPConfig:
     validation: DataConfig | None = None
     evaluate: list[str] = field(default_factory=list)  # splits; figures go to OUT/evaluation.json
     templates: list[str] = field(default_factory=lambda: ["{}"])  # prompt ensemble of the zero-shot figures
-    same: Same = "concept"  # two samples that share it are no negatives of each other
+    same: Same = "caption"  # two samples that share it are no negatives of each other
     shift: float = 0.0  # pictures move by up to this part of their side
     zoom: float = 0.0  # and are scaled by a factor up to 1 ± this
     flip: float = 0.0  # and are mirrored with this probability
