@@ -4,66 +4,84 @@ A change that is meant to change them stores new ones: `python -m pytest tests/g
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-import decoder.train
-import prior.train
-import unclip.clip.train
-import upsamplers.train
-from unclip.clip.model import CLIPArguments
-from unclip.core.data import DataConfig
-from unclip.core.train import TrainConfig
+from decoder.decoder import Decoder
+from decoder.train import DecoderConfig, decoder_loss
+from prior.train import PriorConfig, embedding_statistics, make_prior, prior_loss
+from unclip.clip.model import CLIP, CLIPArguments
+from unclip.clip.remember import RememberedCLIP
+from unclip.clip.train import CLIPConfig, clip_loss, texts_of
+from unclip.core.data import DataConfig, ShardDataset
+from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.train import LossFn, TrainConfig, train
+from upsamplers.train import UpsamplerConfig, upsampler_loss
+from upsamplers.upsampler import Upsampler
 
 FOLDER = Path(__file__).parent
 NETWORK = {"model_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1}
-Train = Callable[[TrainConfig, DataConfig, str], Path]
+Made = tuple[nn.Module, LossFn]
 
 
-def train_clip(settings: TrainConfig, data: DataConfig, clip: str) -> Path:
+def make_clip(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     image = {"image_size": 32, "patch_size": 16, "image_width": 16, "image_depth": 1, "image_heads": 2}
     text = {"text_width": 16, "text_depth": 1, "text_heads": 2, "vocab_size": 259, "context_length": 24}
-    config = unclip.clip.train.CLIPConfig(CLIPArguments(dim=12, **image, **text), settings, data, shift=0.05, flip=0.5)
-    return unclip.clip.train.run(config)
+    config = CLIPConfig(CLIPArguments(dim=12, **image, **text), settings, data, shift=0.05, flip=0.5)
+    network = CLIP.build(config.model, texts_of(ShardDataset(data)))
+    return network, clip_loss(config, network)
 
 
-def train_prior(settings: TrainConfig, data: DataConfig, clip: str) -> Path:
-    return prior.train.run(prior.train.PriorConfig({"width": 16, "depth": 2, "heads": 2}, settings, data, clip))
+def make_prior_of(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
+    config = PriorConfig({"width": 16, "depth": 2, "heads": 2}, settings, data, "unused")
+    network, remembered = make_prior(config, clip), RememberedCLIP(clip)
+    network.set_statistics(*embedding_statistics(remembered, ShardDataset(data), config))
+    diffusion = Diffusion.from_scheduler(make_scheduler("cosine", "sample", clip_sample=False))
+    return network, prior_loss(config, remembered, diffusion)
 
 
-def train_decoder(settings: TrainConfig, data: DataConfig, clip: str) -> Path:
+def make_decoder(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     context = {"z_i_width": 12, "z_i_scale": 3.0, "z_i_tokens": 2, "text_width": 16, "context_width": 16}
     attention = {"sample_size": 32, "patch_size": 2, "attention_resolutions": (8,), "head_channels": 8}
-    model = {**NETWORK, **context, **attention, "learned_variance": True}
-    return decoder.train.run(decoder.train.DecoderConfig(model, settings, data, clip))
+    config = DecoderConfig({**NETWORK, **context, **attention, "learned_variance": True}, settings, data, "unused")
+    diffusion = Diffusion.from_scheduler(make_scheduler("cosine", "epsilon", learned_variance=True))
+    return Decoder(**config.model), decoder_loss(config, RememberedCLIP(clip), diffusion)
 
 
-def train_upsampler(settings: TrainConfig, data: DataConfig, clip: str) -> Path:
-    options = {"crop": 16, "degradation": "blur", "prediction": "v_prediction", "weighting": "min_snr"}
-    return upsamplers.train.run(upsamplers.train.UpsamplerConfig(NETWORK, settings, data, **options))
+def make_upsampler(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
+    config = UpsamplerConfig(NETWORK, settings, data, crop=16, degradation="blur", weighting="min_snr")
+    diffusion = Diffusion.from_scheduler(make_scheduler("linear", "v_prediction"))
+    return Upsampler(**config.model), upsampler_loss(config, 4, diffusion)
 
 
-STAGES: dict[str, Train] = {
-    "clip": train_clip,
-    "prior": train_prior,
-    "decoder": train_decoder,
-    "upsampler": train_upsampler,
-}
+STAGES = {"clip": make_clip, "prior": make_prior_of, "decoder": make_decoder, "upsampler": make_upsampler}
+
+
+@torch.no_grad()
+def perturb(network: nn.Module) -> None:
+    """Moves weights off zero: behind a branch that starts at zero nothing could be seen in three steps."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_are_the_stored_ones(stage: str, tiny_corpus: Path, tiny_clip: Path, tmp_path: Path, request):
     settings = TrainConfig(
-        str(tmp_path), steps=3, batch_size=4, learning_rate=1e-3, warmup=2, precision="no", tracker="none", log_every=1
+        str(tmp_path), steps=3, batch_size=4, learning_rate=1e-2, warmup=2, precision="no", tracker="none", log_every=1
     )
-    STAGES[stage](settings, DataConfig(str(tiny_corpus)), str(tiny_clip))
+    data = DataConfig(str(tiny_corpus))
+    torch.manual_seed(0)
+    network, loss_fn = STAGES[stage](settings, data, CLIP.from_pretrained(tiny_clip))
+    perturb(network)
+    train(settings, network, loss_fn, ShardDataset(data))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     golden = FOLDER / f"{stage}.json"
     if request.config.getoption("update_goldens"):
         golden.write_text(json.dumps({"losses": losses, "torch": torch.__version__.split("+")[0]}, indent=1) + "\n")
     stored = json.loads(golden.read_text())
-    # Between processors and numbers of threads sums differ in their last bits: measured 2e-6 at most.
-    assert losses == pytest.approx(stored["losses"], rel=2e-5), f"stored with torch {stored['torch']}"
+    # Instruction sets and numbers of threads change the last bits of sums, which is TOLERANCE at most.
+    assert losses == pytest.approx(stored["losses"], rel=5e-5), f"stored with torch {stored['torch']}"
