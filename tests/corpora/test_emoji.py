@@ -326,4 +326,4 @@ def test_webp_keeps_hidden_colours():
 
 def test_importing_the_builder_runs_no_rasteriser():
     code = "import sys, unclip.corpora.emoji; assert 'pyvips' not in sys.modules and 'torch' not in sys.modules"
-    subprocess.run(["python", "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)
