@@ -2,6 +2,7 @@ import io
 import json
 import re
 import subprocess
+import sys
 import tarfile
 from collections import defaultdict
 from pathlib import Path
