@@ -30,6 +30,9 @@ class Decoder(ModelMixin, ConfigMixin):
         null_z_i: what stands in for a dropped `z_i`: a learned embedding or zeros (§2.1: either).
         text_width: width of the text encoder's token states, None for a decoder of `z_i` alone.
         context_width: width of context tokens, from which each attention layer takes keys and values.
+        z_t_width: width of `z_t`, where that enters the time embedding in place of the last text token's state (Karlo).
+            Such a decoder always has a caption: the encoded empty prompt stands for none.
+        norm_context: which context tokens the layer norm covers: all, or the text's alone.
         text_layers, text_heads: a transformer of the decoder's own over the token states, not causal (GLIDE's).
         sample_size, attention_resolutions: side of a training picture in pixels, and sides of the grids (in positions,
             after folding by `patch_size`) at which attention runs. Pictures of other sizes keep those levels.
@@ -64,8 +67,15 @@ class Decoder(ModelMixin, ConfigMixin):
         text_layers: int = 0,
         text_heads: int = 8,
         norm_groups: int | None = None,
+        z_t_width: int | None = None,
+        norm_context: Literal["all", "text"] = "all",
     ):
         super().__init__()
+        if norm_context not in ("all", "text") or (z_t_width is not None and text_width is None):
+            raise ValueError(
+                f"norm_context is {norm_context!r}, z_t_width {z_t_width} and text_width {text_width}; expected 'all' "
+                "or 'text', and z_t_width only with text_width"
+            )
         if null_z_i not in ("learned", "zeros"):
             raise ValueError(f"null_z_i is {null_z_i!r}; expected 'learned' or 'zeros'")
         grids = [sample_size // patch_size // 2**level for level in range(len(channel_multipliers))]
@@ -89,13 +99,17 @@ class Decoder(ModelMixin, ConfigMixin):
         )
         time_dim = self.unet.time_dim
         self.z_i_width, self.z_i_scale, self.z_i_tokens, self.text_width = z_i_width, z_i_scale, z_i_tokens, text_width
+        self.z_t_width = z_t_width
         self.null_embedding = nn.Parameter(torch.zeros(z_i_width)) if null_z_i == "learned" else None
         self.time_z_i = nn.Linear(z_i_width, time_dim)
         self.context_z_i = nn.Linear(z_i_width, z_i_tokens * context_width)
         self.context_norm = nn.LayerNorm(context_width)
         if text_width is not None:
             self.context_text = nn.Linear(text_width, context_width)
-            self.time_text = nn.Linear(context_width, time_dim)
+            if z_t_width is None:
+                self.time_text = nn.Linear(context_width, time_dim)
+            else:
+                self.time_z_t = nn.Linear(z_t_width, time_dim)
             self.text_blocks = nn.ModuleList(Block(context_width, text_heads, dropout) for _ in range(text_layers))
 
     def encode_context(
@@ -105,31 +119,41 @@ class Decoder(ModelMixin, ConfigMixin):
         text_mask: Tensor | None = None,
         drop_z_i: Tensor | None = None,
         drop_text: Tensor | None = None,
+        z_t: Tensor | None = None,
     ) -> DecoderContext:
         """Everything the conditions decide (§2.1): z_i enters the time embedding and four context tokens.
 
         z_i: (b, z_i_width); text: (b, n, text_width), the text encoder's token states, or None; text_mask: (b, n) bool,
         true on real tokens (None: all are); drop_z_i, drop_text: (b,) bool, true where a sample goes without (None:
-        nowhere). The last real token's state also enters the time embedding (GLIDE). A sample whose text is dropped is
-        exactly the sample computed without text. Raises ValueError on shapes that do not fit.
+        nowhere). The last real token's state also enters the time embedding (GLIDE), or z_t (b, z_t_width) in its place
+        where the decoder was built for that. A sample whose text is dropped is exactly the sample computed without
+        text. Raises ValueError on shapes that do not fit.
         """
-        self.check_conditions(z_i, text, text_mask, drop_z_i, drop_text)
+        self.check_conditions(z_i, text, text_mask, drop_z_i, drop_text, z_t)
         z_i = z_i * self.z_i_scale
         if drop_z_i is not None:
             null = torch.zeros_like(z_i) if self.null_embedding is None else self.null_embedding.to(z_i.dtype)
             z_i = torch.where(drop_z_i[:, None], null, z_i)
         time = self.time_z_i(z_i)  # b time_dim
         tokens = rearrange(self.context_z_i(z_i), "b (n w) -> b n w", n=self.z_i_tokens)
+        only_text = self.config["norm_context"] == "text"
         if text is None:
-            return DecoderContext(self.unet.project_context(self.context_norm(tokens)), time, None)
+            tokens = tokens if only_text else self.context_norm(tokens)
+            return DecoderContext(self.unet.project_context(tokens), time, None)
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask  # b n
         if drop_text is not None:
             mask = mask & ~drop_text[:, None]
         words = self.encode_text(text, mask)  # b n w
-        tokens = self.context_norm(torch.cat([words, tokens], dim=1))
-        last = (mask * torch.arange(1, text.shape[1] + 1, device=text.device)).argmax(dim=1)  # b
-        pooled = self.time_text(tokens[torch.arange(len(text), device=text.device), last])  # b time_dim
-        time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
+        if only_text:
+            tokens = torch.cat([self.context_norm(words), tokens], dim=1)
+        else:
+            tokens = self.context_norm(torch.cat([words, tokens], dim=1))
+        if z_t is not None:
+            time = time + self.time_z_t(z_t)
+        else:
+            last = (mask * torch.arange(1, text.shape[1] + 1, device=text.device)).argmax(dim=1)  # b
+            pooled = self.time_text(tokens[torch.arange(len(text), device=text.device), last])  # b time_dim
+            time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
         mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
         return DecoderContext(self.unet.project_context(tokens), time, mask)
 
@@ -161,10 +185,17 @@ class Decoder(ModelMixin, ConfigMixin):
         text_mask: Tensor | None,
         drop_z_i: Tensor | None,
         drop_text: Tensor | None,
+        z_t: Tensor | None,
     ) -> None:
         if z_i.ndim != 2 or z_i.shape[1] != self.z_i_width:
             raise ValueError(f"z_i has shape {tuple(z_i.shape)}; this decoder expects (b, {self.z_i_width})")
         batch = len(z_i)
+        expected_z_t = None if self.z_t_width is None else (batch, self.z_t_width)
+        if (None if z_t is None else tuple(z_t.shape)) != expected_z_t:
+            given = None if z_t is None else tuple(z_t.shape)
+            raise ValueError(f"z_t is {given}; this decoder expects {expected_z_t}")
+        if z_t is not None and (text is None or drop_text is not None):
+            raise ValueError("this decoder always has a caption: give the encoded empty prompt for none, not drop_text")
         if text is not None:
             if self.text_width is None:
                 raise ValueError("this decoder was built without text_width and takes no text; leave text out")

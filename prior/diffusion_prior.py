@@ -32,6 +32,8 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
         text_width: width of the token states; context_length: the most text tokens.
         width, depth, heads: of the transformer.
         dropout: after attention and MLP, in training.
+        learned_null: whether learned tokens stand in for a dropped caption. Where none do, the null condition is the
+            encoded empty prompt, given like any other.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012
@@ -49,6 +51,7 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
         depth: int = 20,
         heads: int = 32,
         dropout: float = 0.0,
+        learned_null: bool = True,
     ):
         super().__init__()
         self.embedding_dim, self.text_width, self.context_length = embedding_dim, text_width, context_length
@@ -58,8 +61,8 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
         self.embed_z_t = nn.Linear(embedding_dim, width)
         self.embed_x = nn.Linear(embedding_dim, width)
         self.query = nn.Parameter(torch.randn(width) * 0.02)
-        self.null_text = nn.Parameter(torch.randn(width) * 0.02)
-        self.null_z_t = nn.Parameter(torch.randn(width) * 0.02)
+        self.null_text = nn.Parameter(torch.randn(width) * 0.02) if learned_null else None
+        self.null_z_t = nn.Parameter(torch.randn(width) * 0.02) if learned_null else None
         self.positions = nn.Parameter(torch.randn(context_length + 4, width) * 0.02)
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(depth)])
         self.norm_out = nn.LayerNorm(width)
@@ -92,14 +95,15 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
 
         z_t: (b, d); text: (b, n, w) token states, n ≤ context_length; text_mask: (b, n) bool, true on real tokens;
         drop_text: (b,) bool or None. Where it is true the sample is unconditional: a learned token stands for all its
-        text, another for z_t, and nothing of z_t, text and mask is used. Raises ValueError on shapes that do not fit.
+        text, another for z_t, and nothing of z_t, text and mask is used. Raises ValueError on shapes that do not fit,
+        and on drop_text without learned tokens.
         """
         self._check(z_t, text, text_mask, drop_text)
         n = text.shape[1]
         # `where`, not a product: whatever stands in a padded row, NaN included, must not get through.
         h = self.embed_text(torch.where(text_mask[..., None], text, torch.zeros_like(text)))  # b n w
         z = self.embed_z_t(z_t)[:, None]  # b 1 w
-        if drop_text is not None:
+        if drop_text is not None and self.null_text is not None and self.null_z_t is not None:
             drop = drop_text[:, None, None]
             first = torch.zeros(n, dtype=torch.bool, device=text.device)
             first[0] = True
@@ -152,6 +156,8 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}, expected bool {tuple(text.shape[:2])}."
             )
+        if drop_text is not None and self.null_text is None:
+            raise ValueError("This prior has no learned null tokens: give the encoded empty prompt, not drop_text.")
         if drop_text is not None and (drop_text.shape != (b,) or drop_text.dtype != torch.bool):
             raise ValueError(f"drop_text is {drop_text.dtype} {tuple(drop_text.shape)}, expected bool ({b},).")
 

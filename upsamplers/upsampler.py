@@ -24,7 +24,8 @@ class Upsampler(ModelMixin, ConfigMixin):
     Args:
         sample_size: side in pixels of the pictures it is meant to draw (for pipelines; nothing depends on it).
         factor: target size over low-resolution size.
-        interpolation: how the low-resolution picture is brought to the target size.
+        interpolation, antialias: how the low-resolution picture is brought to the target size. (Enlarged by torch,
+            `antialias` means another cubic: a = −0.5 in place of −0.75.)
 
     The other arguments are those of `core.unet.UNet`. The target's sides must be divisible by
     `patch_size · 2^(levels − 1)`.
@@ -50,6 +51,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         time_dim: int | None = None,
         norm_groups: int | None = None,
         interpolation: Literal["bilinear", "bicubic"] = "bicubic",
+        antialias: bool = False,
     ):
         super().__init__()
         if factor < 1:
@@ -74,9 +76,9 @@ class Upsampler(ModelMixin, ConfigMixin):
     def encode_context(self, low: Tensor) -> UpsamplerContext:
         """Brings the low-resolution picture (b, 3, h, w) in [−1, 1] to the target size (b, 3, h·factor, w·factor)."""
         check_picture("low", low, 3, 1)
-        factor, mode = self.config["factor"], self.config["interpolation"]
+        factor, mode, antialias = (self.config[name] for name in ("factor", "interpolation", "antialias"))
         # Bicubic weights in bf16 would shift the whole picture's colours by up to 1/64.
-        large = F.interpolate(low.float(), scale_factor=factor, mode=mode, align_corners=False)
+        large = F.interpolate(low.float(), scale_factor=factor, mode=mode, align_corners=False, antialias=antialias)
         return UpsamplerContext(large.to(low.dtype).contiguous(memory_format=torch.channels_last))
 
     def forward(self, x_t: Tensor, t: Tensor, context: UpsamplerContext | None = None, **conditions) -> Tensor:

@@ -7,9 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from PIL import Image
 from tokenizers import BertWordPieceTokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.tokenizer import build_tokenizer, prune_wordpieces
@@ -210,3 +218,31 @@ def test_papers_sizes(request):
     for name, expected in towers.items():
         count = sum(p.numel() for p in getattr(model, name).parameters())
         assert abs(count / expected - 1) < 0.02, name
+
+
+def test_the_text_tower_alone(tmp_path, pictures):
+    """Karlo's folder for captions holds no image tower."""
+    torch.manual_seed(0)
+    whole = CLIP.build(CLIPArguments(**TINY, **TEXT), CAPTIONS).eval()
+    tower = CLIPTextModelWithProjection(whole.model.config.text_config)
+    tower.load_state_dict({k: v for k, v in whole.model.state_dict().items() if k.startswith("text_")})
+    alone = CLIP(tower, whole.tokenizer).eval()
+    alone.save_pretrained(tmp_path)
+    for clip in (alone, CLIP.from_pretrained(tmp_path)):
+        assert (clip.dim, clip.text_width, clip.context_length) == (whole.dim, whole.text_width, whole.context_length)
+        for a, b in zip(clip.encode_text(CAPTIONS), whole.encode_text(CAPTIONS), strict=True):
+            assert torch.equal(a, b)
+        for refused in (lambda: clip.encode_image(pictures), lambda: clip.encode_pictures([]), lambda: clip.image_size):
+            with pytest.raises(ValueError, match="no image encoder"):
+                refused()
+
+
+def test_pictures_go_through_the_processor(clip):
+    pixels = torch.randint(0, 256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    small = Image.fromarray(pixels.numpy())
+    x = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    assert torch.allclose(clip.encode_pictures([small]), clip.encode_image(x), atol=1e-5)
+    wide = small.resize((50, 31), Image.Resampling.BICUBIC)
+    prepared = clip.processor(images=wide, return_tensors="pt").pixel_values
+    expected = clip.model.visual_projection(clip.model.vision_model(pixel_values=prepared).pooler_output)
+    assert torch.allclose(clip.encode_pictures([small, wide], normalize=False)[1:], expected, atol=1e-5)

@@ -173,6 +173,26 @@ def test_a_count_is_the_schedulers_own_run(solver, learned):
     torch.testing.assert_close(ours, x, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+@pytest.mark.parametrize("count", [2, 4, 7, 25, 1000])
+def test_unclip_draws_its_own_run_to_the_last_bit(prediction, count):
+    """Karlo's pictures are this scheduler's, told of each skip; ε is divided by √ᾱ = 5e-5 at the first step."""
+    scheduler = make_sampler(make_scheduler("cosine", prediction), "unclip")
+    x_T, generators = draw((3, 4, 4))
+
+    def denoise(x, t):
+        return torch.sin(3 * x) + t.view(-1, 1, 1, 1) / 1000
+
+    ours = sample(denoise, scheduler, x_T, count, generators)
+    x, generators = draw((3, 4, 4))
+    scheduler.set_timesteps(count)
+    times = scheduler.timesteps.tolist()
+    assert times == [round(i * 999 / (count - 1)) for i in range(count)][::-1]
+    for t, following in zip(times, [*times[1:], None], strict=True):
+        x = scheduler.step(denoise(x, torch.full((2,), t)), t, x, following, generators).prev_sample
+    assert torch.equal(ours, x)
+
+
 def test_a_list_is_the_schedulers_own_run_where_it_takes_lists():
     for solver in ("ddpm", "dpm++"):
         scheduler, diffusion = toy("v_prediction")
@@ -394,6 +414,15 @@ def test_generators_are_a_function_of_seed_and_stage():
     assert torch.randn(3, generator=picture_generators([0], "decoder")[0]).tolist() != first[0]
     # Pinned: pictures of a seed must not change from release to release or from process to process.
     assert picture_generators([0], "prior")[0].initial_seed() == 3324751977413314185
+
+
+def test_a_generator_in_place_of_a_seed_runs_on():
+    given = torch.Generator().manual_seed(3)
+    first, second = (picture_generators([given, 3], stage) for stage in ("prior", "decoder"))
+    assert first[0] is second[0] is given
+    assert first[1].initial_seed() == picture_generators([3], "prior")[0].initial_seed()
+    with pytest.raises(TypeError, match="must be integers"):
+        picture_generators(["3"], "prior")
 
 
 def test_starting_noise_is_normal_and_moves():

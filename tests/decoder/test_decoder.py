@@ -252,3 +252,40 @@ def test_paper_size_is_the_papers():
     with torch.device("meta"):
         decoder = Decoder(**yaml.safe_load((PAPER / "decoder.yaml").read_text())["model"])
     assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(3.5e9, rel=0.05)
+
+
+def test_z_t_enters_the_time_embedding_in_place_of_the_last_token():
+    decoder, other = randomised(z_t_width=7), randomised()
+    x_t, t, conditions = inputs()
+    z_t = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
+    context = decoder.encode_context(**conditions, z_t=z_t)
+    torch.testing.assert_close(context.time, decoder.time_z_i(3 * conditions["z_i"]) + decoder.time_z_t(z_t))
+    assert {n.split(".")[0] for n, _ in decoder.named_parameters()} - {
+        n.split(".")[0] for n, _ in other.named_parameters()
+    } == {"time_z_t"}
+    for wrong in ({"z_t": z_t[:, :5]}, {}):
+        with pytest.raises(ValueError, match="z_t is"):
+            decoder.encode_context(**conditions, **wrong)
+    with pytest.raises(ValueError, match="z_t is"):
+        other.encode_context(**conditions, z_t=z_t)
+    with pytest.raises(ValueError, match="always has a caption"):
+        decoder.encode_context(**conditions, z_t=z_t, drop_text=flags(True, False, False))
+    with pytest.raises(ValueError, match="always has a caption"):
+        decoder.encode_context(conditions["z_i"], z_t=z_t)
+    with pytest.raises(ValueError, match="only with text_width"):
+        Decoder(**(TINY | {"text_width": None, "z_t_width": 7}))
+
+
+def test_the_norm_may_cover_the_text_alone():
+    decoder = randomised(norm_context="text")
+    x_t, t, conditions = inputs()
+    words = decoder.encode_text(conditions["text"], conditions["text_mask"])
+    tokens = decoder.context_z_i(3 * conditions["z_i"]).unflatten(1, (4, 24))
+    expected = decoder.unet.project_context(torch.cat([decoder.context_norm(words), tokens], dim=1))
+    for (k, v), (expected_k, expected_v) in zip(
+        decoder.encode_context(**conditions).keys_values, expected, strict=True
+    ):
+        close(k, expected_k)
+        close(v, expected_v)
+    alone = decoder.encode_context(conditions["z_i"]).keys_values[0][0]
+    close(alone, decoder.unet.project_context(tokens)[0][0])

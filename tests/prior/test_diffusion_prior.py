@@ -208,3 +208,14 @@ def test_karlos_sizes_are_its_defaults():
     # 1,022,030,080 are Karlo's, statistics among them; ours has two null tokens of 2048 more
     count = sum(p.numel() for p in (*prior.parameters(), *prior.buffers()))
     assert count == 1_022_030_080 + 2 * 2048
+
+
+def test_without_learned_tokens_the_null_condition_is_given_not_dropped(conditions, x):
+    prior, other = make(learned_null=False), make()
+    extra = other.state_dict().keys() - prior.state_dict().keys()
+    assert extra == {"null_text", "null_z_t"}
+    with pytest.raises(ValueError, match="no learned null tokens"):
+        prior.encode_context(**conditions, drop_text=torch.zeros(B, dtype=torch.bool))
+    missing = prior.load_state_dict({name: w for name, w in other.state_dict().items() if name not in extra})
+    assert not missing.missing_keys
+    assert torch.equal(prior(x, T, **conditions), other(x, T, **conditions))

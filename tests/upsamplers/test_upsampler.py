@@ -151,3 +151,10 @@ def test_paper_sizes_are_the_papers(name, count):
     with torch.device("meta"):
         upsampler = Upsampler(**yaml.safe_load((PAPER / f"{name}.yaml").read_text())["model"])
     assert sum(p.numel() for p in upsampler.parameters()) == pytest.approx(count, rel=0.05)
+
+
+def test_antialias_is_torchs_other_cubic():
+    low = torch.rand(1, 3, 8, 8) * 2 - 1
+    plain, other = (Upsampler(**TINY, antialias=flag).encode_context(low).low for flag in (False, True))
+    torch.testing.assert_close(other, F.interpolate(low, size=[32, 32], mode="bicubic", antialias=True))
+    assert not torch.allclose(plain, other, atol=1e-3)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -21,6 +22,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerBase,
@@ -31,6 +33,7 @@ from transformers import (
 from unclip.clip.tokenizer import BOS, EOS, PAD, build_tokenizer, prune_wordpieces
 
 MAX_LOG_SCALE = math.log(100.0)
+NO_IMAGE_TOWER = "this model's CLIP has no image encoder; give z_i, or take a model that has one."
 
 
 @dataclass
@@ -74,7 +77,7 @@ class Embeddings(NamedTuple):
 
 
 class CLIP(nn.Module):
-    """A transformers CLIP, or dual encoder with a BERT, with its tokenizer and picture statistics.
+    """A transformers CLIP, its text tower alone, or a dual encoder with a BERT; its tokenizer and picture statistics.
 
     z_t of a CLIP text tower is its state at the end token, projected; of a BERT it is the mean over the real tokens,
     which is what sentence encoders are trained with, projected. Which one follows from the text model's type.
@@ -85,18 +88,18 @@ class CLIP(nn.Module):
 
     def __init__(
         self,
-        model: CLIPModel | VisionTextDualEncoderModel,
+        model: CLIPModel | VisionTextDualEncoderModel | CLIPTextModelWithProjection,
         tokenizer: PreTrainedTokenizerBase,
         processor: CLIPImageProcessorPil | None = None,
     ):
         super().__init__()
         self.model: Any = model  # transformers' configurations are typed too loosely to read
         self.tokenizer = tokenizer
-        size: int = self.model.config.vision_config.image_size
+        size = self.image_size if self.has_image_tower else 224
         self.processor = processor or CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         )
-        self.mean_pooled = not isinstance(model, CLIPModel)
+        self.mean_pooled = isinstance(model, VisionTextDualEncoderModel)
         self.register_buffer("mean", torch.tensor(self.processor.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.processor.image_std).view(3, 1, 1), persistent=False)
         pooler = getattr(self.model.text_model, "pooler", None)
@@ -182,6 +185,8 @@ class CLIP(nn.Module):
             ) from error
         if isinstance(config, CLIPConfig):
             model = CLIPModel.from_pretrained(model_name, dtype=dtype)
+        elif isinstance(config, CLIPTextConfig):
+            model = CLIPTextModelWithProjection.from_pretrained(model_name, dtype=dtype)
         elif isinstance(config, VisionTextDualEncoderConfig):
             model = VisionTextDualEncoderModel.from_pretrained(model_name, dtype=dtype)
         else:
@@ -204,7 +209,7 @@ class CLIP(nn.Module):
     @property
     def dim(self) -> int:
         """Width d of z_t and z_i."""
-        return self.model.projection_dim
+        return self.model.text_projection.out_features
 
     @property
     def dtype(self) -> torch.dtype:
@@ -219,16 +224,27 @@ class CLIP(nn.Module):
     @property
     def text_width(self) -> int:
         """Width w of the token states."""
-        return self.model.config.text_config.hidden_size
+        return self._text_config.hidden_size
 
     @property
     def context_length(self) -> int:
         """Most tokens of a prompt, start and end included."""
-        return self.model.config.text_config.max_position_embeddings
+        return self._text_config.max_position_embeddings
+
+    @property
+    def _text_config(self) -> Any:
+        return getattr(self.model.config, "text_config", self.model.config)
+
+    @property
+    def has_image_tower(self) -> bool:
+        """Whether it encodes pictures."""
+        return not isinstance(self.model, CLIPTextModelWithProjection)
 
     @property
     def image_size(self) -> int:
-        """Side of the picture that the image tower sees."""
+        """Side of the picture that the image tower sees. Raises ValueError where there is no image tower."""
+        if not self.has_image_tower:
+            raise ValueError(NO_IMAGE_TOWER)
         return self.model.config.vision_config.image_size
 
     @property
@@ -302,7 +318,16 @@ class CLIP(nn.Module):
             x = F.interpolate(x.float(), shape, mode="bicubic", antialias=True).clamp(-1, 1)
             top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
             x = x[..., top : top + size, left : left + size]
-        pixels = ((x + 1) / 2 - self.mean) / self.std
+        return self._encode_pixels(((x + 1) / 2 - self.mean) / self.std, normalize)
+
+    def encode_pictures(self, images: Sequence[Image.Image], normalize: bool = True) -> Tensor:
+        """PIL pictures, RGB, of any sizes, to z_i (b, d): prepared by the CLIP's own processor, at 8 bits."""
+        if not self.has_image_tower:
+            raise ValueError(NO_IMAGE_TOWER)
+        rows = [self.processor(images=image, return_tensors="pt").pixel_values for image in images]
+        return self._encode_pixels(torch.cat(rows).to(self.mean.device), normalize)
+
+    def _encode_pixels(self, pixels: Tensor, normalize: bool) -> Tensor:
         pooled = self.model.vision_model(pixel_values=pixels.to(self.mean.dtype)).pooler_output
         z_i = self.model.visual_projection(pooled)
         return _unit(z_i) if normalize else z_i

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -28,7 +29,8 @@ from unclip.core.diffusion import Diffusion
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, Tensor], None]
 Context = TypeVar("Context")
-Solver = Literal["ddpm", "ddim", "dpm++", "dpm++sde", "unipc", "unclip"]
+Seed = int | torch.Generator
+Solver = Literal["ddpm", "ddim", "ddim_inverse", "dpm++", "dpm++sde", "unipc", "unclip"]
 
 SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
@@ -37,6 +39,10 @@ SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "dpm++sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {"solver_type": "bh2"}),
     "unclip": (UnCLIPScheduler, {}),
+}
+# From a picture to noise. A clamped x0 has no way back: neither an inversion nor decoding what it gave may clamp.
+INVERSE: dict[str, tuple[type, dict[str, Any]]] = {
+    "ddim_inverse": (DDIMInverseScheduler, {"set_alpha_to_one": True, "clip_sample": False}),
 }
 ANCESTRAL = (DDPMScheduler, UnCLIPScheduler)
 # Both end at σ = 0 by a step of first order, the only one that is finite there.
@@ -61,12 +67,12 @@ def make_sampler(scheduler_or_config: Any, solver: Solver = "ddpm", **options: A
     `clip_sample_range` are kept in the config of every solver, and `sample` obeys them.
     Raises ValueError for an unknown solver or option, or what a solver cannot do (UnCLIPScheduler: v, linear schedule).
     """
-    if solver not in SOLVERS:
+    if solver not in SOLVERS | INVERSE:
         raise ValueError(f"solver {solver!r} is unknown, expected one of {', '.join(SOLVERS)}")
     config = getattr(scheduler_or_config, "config", scheduler_or_config)
     if not isinstance(config, Mapping):
         raise TypeError(f"got {type(config).__name__}, expected a diffusers scheduler or its config")
-    cls, fixed = SOLVERS[solver]
+    cls, fixed = (SOLVERS | INVERSE)[solver]
     known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
     unknown = options.keys() - known - {"clip_sample", "clip_sample_range"}
     if unknown:
@@ -90,8 +96,15 @@ def make_sampler(scheduler_or_config: Any, solver: Solver = "ddpm", **options: A
 def resolve_timesteps(scheduler: Any, timesteps: int | Sequence[int]) -> list[int]:
     """The steps a run visits: a count by the scheduler's own spacing, or the list itself, checked.
 
-    A list runs over 0 … num_train_timesteps − 1; it may go back up, but ends lower than it came. Raises ValueError.
+    A list runs over 0 … num_train_timesteps − 1; it may go back up, but ends lower than it came. An inversion's rises
+    all the way: it is DDIM's own grid walked the other way. Raises ValueError.
     """
+    if isinstance(scheduler, DDIMInverseScheduler):
+        grid = timesteps if isinstance(timesteps, int) else list(reversed(timesteps))
+        steps = resolve_timesteps(DDIMScheduler.from_config(scheduler.config), grid)[::-1]
+        if any(b < a for a, b in pairwise(steps)):
+            raise ValueError(f"timesteps {steps} of an inversion go down: each must be higher than the one before")
+        return steps
     total = int(scheduler.config["num_train_timesteps"])
     spaced = [name for name in SPACED_BY_SIGMA if scheduler.config.get(name)]
     if spaced:
@@ -119,19 +132,34 @@ def resolve_timesteps(scheduler: Any, timesteps: int | Sequence[int]) -> list[in
 def respaced(scheduler: Any, steps: Sequence[int]) -> Any:
     """A fresh copy of the scheduler whose chain is `steps`, falling: its step k is steps[−1−k], its ᾱ_k the kept ᾱ."""
     count = len(steps)
-    kept = scheduler.alphas_cumprod.cpu().double()[list(reversed(steps))]
+    kept = scheduler.alphas_cumprod.cpu()[list(reversed(steps))]
+    if isinstance(scheduler, UnCLIPScheduler):
+        return _respaced_unclip(scheduler, list(reversed(steps)), kept)
+    kept = kept.double()
     options = {"num_train_timesteps": count, "trained_betas": None, "timestep_spacing": "trailing", "steps_offset": 0}
     if isinstance(scheduler, MULTISTEP):
         options |= {"final_sigmas_type": "zero", "lower_order_final": True, "lambda_min_clipped": -float("inf")}
         options["variance_type"] = None
+    if isinstance(scheduler, DDIMInverseScheduler):
+        options["prediction_type"] = "epsilon"  # `sample` hands it ε: at ᾱ = 1, where it starts, x0 gives none
     copy: Any = type(scheduler).from_config(scheduler.config, **options)
     alphas = kept / torch.cat([kept.new_ones(1), kept[:-1]])
     # ᾱ is set, not computed anew from β: where β is close to 1, 1 − β has no digits left in float32.
     copy.alphas_cumprod, copy.alphas, copy.betas = kept.float(), alphas.float(), (1 - alphas).float()
     if isinstance(scheduler, DDIMScheduler):
         copy.final_alpha_cumprod = scheduler.final_alpha_cumprod
-    if not isinstance(scheduler, UnCLIPScheduler):
-        copy.set_timesteps(count)
+    copy.set_timesteps(count)
+    return copy
+
+
+def _respaced_unclip(scheduler: UnCLIPScheduler, rising: list[int], kept: Tensor) -> UnCLIPScheduler:
+    """β and α as this scheduler computes them where it is told of a skip, in float32: its pictures to the last bit."""
+    copy: Any = UnCLIPScheduler.from_config(scheduler.config, num_train_timesteps=len(rising))
+    skips = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
+    adjacent = torch.tensor([step == previous + 1 for previous, step in pairwise([-1, *rising])])
+    copy.alphas_cumprod = kept
+    copy.betas = torch.where(adjacent, scheduler.betas.cpu()[rising], skips)
+    copy.alphas = torch.where(adjacent, scheduler.alphas.cpu()[rising], 1 - skips)
     return copy
 
 
@@ -165,7 +193,8 @@ def sample(
     (b, c, …), or with variance channels, (b, 2c, …), which go to schedulers that use them and are cut for the others.
     timesteps: how many (the scheduler's own spacing), or which. From each step the run goes to the next in the list,
     from the last to x0. Where the list goes back up, x_t is noised forward to the higher level by the ratio of the two
-    ᾱ (resampling), without a call of the network.
+    ᾱ (resampling), without a call of the network. With "ddim_inverse" x_T is a picture, the list rises, and what comes
+    back is the x_T from which "ddim" over the same list, falling, leads to the picture (§3 of the paper).
     generators: one per picture; all noise of picture i comes from generator i.
     callback(i, t, x_t): after call number i of the network, from 0: the step it was called at, and the state reached.
     eta: DDIM's η in [0, 1]; 0 is deterministic.
@@ -178,16 +207,20 @@ def sample(
     diffusion = Diffusion.from_scheduler(scheduler).to(x_T.device)
     if diffusion.clip is not None and isinstance(scheduler, MULTISTEP):
         denoise = clamped(denoise, diffusion, diffusion.clip)
-    x, runs, calls = x_T.float(), _falling_runs(steps), 0
+    inverts = isinstance(scheduler, DDIMInverseScheduler)
+    x, runs, calls = x_T.float(), [steps] if inverts else _falling_runs(steps), 0
     for i, run in enumerate(runs):
         if i > 0:
             x = _renoise(scheduler, x, runs[i - 1][-1], run[0], generators)
-        chain, last = respaced(scheduler, run), i == len(runs) - 1
+        chain, last = respaced(scheduler, run[::-1] if inverts else run), i == len(runs) - 1
         step_options = _step_options(chain, generators, eta)
         for k, t in enumerate(run if last else run[:-1]):
-            output = denoise(x, torch.full((len(x),), t, device=x.device, dtype=torch.long)).float()
-            output = _fit_channels(output, x, chain)
-            x = chain.step(output, len(run) - 1 - k, x, return_dict=False, **step_options)[0]
+            # An inverse step arrives at t; ε is asked for where x_t is, a step below, and at first at the lowest step.
+            t = run[max(k - 1, 0)] if inverts else t
+            batch_t = torch.full((len(x),), t, device=x.device, dtype=torch.long)
+            output = _fit_channels(denoise(x, batch_t).float(), x, chain)
+            output = diffusion.to_eps(x, output, batch_t) if inverts else output
+            x = chain.step(output, k if inverts else len(run) - 1 - k, x, return_dict=False, **step_options)[0]
             if callback is not None:
                 callback(calls, t, x)
             calls += 1
@@ -195,7 +228,7 @@ def sample(
 
 
 def _check_run(scheduler: Any, x_T: Tensor, generators: Sequence[torch.Generator], eta: float) -> None:
-    supported = tuple({cls for cls, _ in SOLVERS.values()})
+    supported = tuple({cls for cls, _ in (SOLVERS | INVERSE).values()})
     if not isinstance(scheduler, supported):
         names = ", ".join(sorted(cls.__name__ for cls in supported))
         raise TypeError(f"cannot sample with {type(scheduler).__name__}, expected one of {names}: take make_sampler")
@@ -337,12 +370,19 @@ def _map(fn: Callable[[tuple[Tensor, ...]], Tensor], *contexts: Any) -> Any:
 # Randomness
 
 
-def picture_generators(seeds: Sequence[int], stage: str) -> list[torch.Generator]:
-    """One CPU generator per picture, a function of (seed, stage name): no stage's steps change another's noise."""
-    if any(not isinstance(seed, int) for seed in seeds):
-        raise TypeError(f"seeds {list(seeds)} must be integers")
-    digests = [hashlib.sha256(f"{seed}:{stage}".encode()).digest() for seed in seeds]
-    return [torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1) for digest in digests]
+def picture_generators(seeds: Sequence[Seed], stage: str) -> list[torch.Generator]:
+    """One CPU generator per picture, a function of (seed, stage name): no stage's steps change another's noise.
+
+    A generator in place of a seed is taken as it is: its stream then runs on from stage to stage.
+    """
+    if any(not isinstance(seed, int | torch.Generator) for seed in seeds):
+        raise TypeError(f"seeds {list(seeds)} must be integers, or generators")
+    return [seed if isinstance(seed, torch.Generator) else _generator(f"{seed}:{stage}") for seed in seeds]
+
+
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def starting_noise(
