@@ -50,7 +50,7 @@ class Decoder(ModelMixin, ConfigMixin):
         out_channels: int = 3,
         patch_size: int = 1,
         model_channels: int = 192,
-        channel_multipliers: tuple[int, ...] = (1, 2, 3, 4),
+        channel_multipliers: tuple[float, ...] = (1, 2, 3, 4),
         num_res_blocks: int | tuple[int, ...] = 3,
         attention_resolutions: tuple[int, ...] = (32, 16, 8),
         head_channels: int = 64,

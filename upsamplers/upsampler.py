@@ -42,7 +42,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         out_channels: int = 3,
         patch_size: int = 1,
         model_channels: int = 320,
-        channel_multipliers: tuple[int, ...] = (1, 2, 3, 4),
+        channel_multipliers: tuple[float, ...] = (1, 2, 3, 4),
         num_res_blocks: int | tuple[int, ...] = 3,
         dropout: float = 0.0,
         time_conditioning: TimeConditioning = "scale_shift",

@@ -78,7 +78,7 @@ class UNet(nn.Module):
         in_channels: int,
         out_channels: int,
         model_channels: int,
-        channel_multipliers: Sequence[int],
+        channel_multipliers: Sequence[float],
         num_res_blocks: int | Sequence[int],
         attention_levels: Sequence[int] = (),
         head_channels: int = 64,
@@ -111,7 +111,7 @@ class UNet(nn.Module):
         self.time_dim = time_dim or 4 * model_channels
         self.gradient_checkpointing = False
 
-        widths = [model_channels * multiplier for multiplier in channel_multipliers]
+        widths = [round(model_channels * multiplier) for multiplier in channel_multipliers]
         area = patch_size**2
 
         def block(n_in: int, n_out: int, direction: Literal["down", "up", "same"] = "same") -> ResBlock:
