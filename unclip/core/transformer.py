@@ -5,7 +5,8 @@ every layer are computed once (`Block.prefix`) and the rest runs over them (`Blo
 is a plain causal block.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +80,13 @@ class Block(nn.Module):
         """All that the last layer keeps of a prefix h (b, n, width)."""
         return self.attention.keys_values(self.norm1(h))
 
-    def prefix(self, h: Tensor, mask: Tensor) -> tuple[Tensor, KeysValues]:
-        """The prefix h (b, m, width) through this block, and its keys and values; mask from `causal_mask`."""
+    def prefix(self, h: Tensor, mask: Tensor, before: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
+        """The prefix h (b, m, width) through this block, and its keys and values; mask from `causal_mask`.
+
+        Where the prefix goes on from an earlier one, `before` has that one's, and they are returned as one.
+        """
         normed = self.norm1(h)
-        kv = self.attention.keys_values(normed)
+        kv = self._after(before, self.attention.keys_values(normed))
         return self._rest(h, normed, kv, mask), kv
 
     def forward(
@@ -90,14 +94,28 @@ class Block(nn.Module):
     ) -> Tensor:
         """h (b, n, width) over [prefix | h]; mask (b, 1, n, m + n). With `rows`, the last so many rows alone."""
         normed = self.norm1(h)
-        kv = self.attention.keys_values(normed)
-        if prefix is not None:
-            kv = KeysValues(torch.cat([prefix.k, kv.k], dim=2), torch.cat([prefix.v, kv.v], dim=2))
+        kv = self._after(prefix, self.attention.keys_values(normed))
         if rows is not None:
             h, normed = h[:, -rows:], normed[:, -rows:]
             mask = None if mask is None else mask[:, :, -rows:]
         return self._rest(h, normed, kv, mask)
 
+    @staticmethod
+    def _after(before: KeysValues | None, kv: KeysValues) -> KeysValues:
+        if before is None:
+            return kv
+        return KeysValues(torch.cat([before.k, kv.k], dim=2), torch.cat([before.v, kv.v], dim=2))
+
     def _rest(self, h: Tensor, normed: Tensor, kv: KeysValues, mask: Tensor | None) -> Tensor:
         h = h + self.attention(normed, kv, mask)
         return h + self.mlp(self.norm2(h))
+
+
+def prefix_of(blocks: Sequence[Block] | nn.ModuleList, h: Tensor, mask: Tensor) -> tuple[KeysValues, ...]:
+    """Keys and values of a prefix h (b, n, width) in every block of a transformer; mask from `causal_mask`."""
+    *body, last = cast(list[Block], list(blocks))
+    kept = []
+    for block in body:
+        h, kv = block.prefix(h, mask)
+        kept.append(kv)
+    return *kept, last.keys_values(h)
