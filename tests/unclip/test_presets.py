@@ -1,0 +1,23 @@
+import json
+
+import pytest
+
+from unclip.presets import DEFAULTS, read_presets, write_presets
+
+
+def test_presets_round_trip_and_refuse_what_they_do_not_know() -> None:
+    presets = read_presets({"mine": {"decoder": {"steps": [900, 500, 0]}}})
+    assert presets["mine"]["decoder"].steps == (900, 500, 0)
+    assert presets["mine"]["prior"] == presets["default"]["prior"]
+    assert read_presets(json.loads(json.dumps(write_presets(presets)))) == presets
+    assert {k: v for k, v in presets.items() if k != "mine"} == read_presets(DEFAULTS)
+    with pytest.raises(ValueError, match="the stage 'vae'"):
+        read_presets({"fast": {"vae": {}}})
+    with pytest.raises(ValueError, match="the setting 'speed'"):
+        read_presets({"fast": {"decoder": {"speed": 1}}})
+
+
+def test_the_paper_preset_is_table_3() -> None:
+    paper = read_presets(None)["paper"]
+    assert [stage.steps for stage in paper.values()] == [64, 250, 27, 15]
+    assert paper["prior"].draws == 2
