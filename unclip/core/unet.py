@@ -1,6 +1,7 @@
 """The one U-Net, of decoder and upsamplers (ADM, arXiv 2105.05233, as GLIDE and paper §2.1 use it)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -61,6 +62,69 @@ class Stage(nn.Module):
         return [module for module in (self.block, self.resize) if isinstance(module, ResBlock)]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The stages of one U-Net, in the order in which they run; the fields are `UNet`'s arguments, worked out.
+
+    widths: channels of each level; counts: its residual blocks on the way down, one more on the way up.
+    """
+
+    widths: Sequence[int]
+    counts: Sequence[int]
+    attention_levels: Sequence[int]
+    head_channels: int
+    context_width: int | None
+    dropout: float
+    time_conditioning: TimeConditioning
+    resblock_updown: bool
+    norm_groups: int | None
+
+    def down(self) -> list[Stage]:
+        stages, width = [], self.widths[0]
+        for level, count in enumerate(self.counts):
+            for _ in range(count):
+                stages.append(Stage(self.block(width, self.widths[level]), self.attention(level)))
+                width = self.widths[level]
+            if level < len(self.counts) - 1:
+                stages.append(Stage(resize=self.resize(width, "down")))
+        return stages
+
+    def middle(self) -> list[Stage]:
+        width = self.widths[-1]
+        attention = self.attention_over(width) if self.attention_levels else None
+        return [Stage(self.block(width, width), attention), Stage(self.block(width, width))]
+
+    def up(self) -> list[Stage]:
+        stages, skips, width = [], self.skips(), self.widths[-1]
+        for level in reversed(range(len(self.counts))):
+            for i in range(self.counts[level] + 1):
+                last = level > 0 and i == self.counts[level]
+                resize = self.resize(self.widths[level], "up") if last else None
+                block = self.block(width + skips.pop(), self.widths[level])
+                stages.append(Stage(block, self.attention(level), resize))
+                width = self.widths[level]
+        return stages
+
+    def skips(self) -> list[int]:
+        """Channels of what the way down leaves for the way up: of the input and of every stage."""
+        skips = [self.widths[0]]
+        for level, count in enumerate(self.counts):
+            skips += [self.widths[level]] * (count + (level < len(self.counts) - 1))
+        return skips
+
+    def block(self, n_in: int, n_out: int, direction: Literal["down", "up", "same"] = "same") -> ResBlock:
+        return ResBlock(n_in, n_out, self.dropout, self.time_conditioning, direction, self.norm_groups)
+
+    def attention_over(self, width: int) -> Attention:
+        return Attention(width, self.head_channels, self.context_width, self.norm_groups)
+
+    def attention(self, level: int) -> Attention | None:
+        return self.attention_over(self.widths[level]) if level in self.attention_levels else None
+
+    def resize(self, width: int, direction: Literal["down", "up"]) -> nn.Module:
+        return self.block(width, width, direction) if self.resblock_updown else Resample(width, direction)
+
+
 class UNet(nn.Module):
     """U-Net over pictures (b, in_channels, h, w), conditioned on t, an addend to its embedding and context tokens.
 
@@ -94,17 +158,7 @@ class UNet(nn.Module):
         super().__init__()
         levels = len(channel_multipliers)
         counts = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
-        if not levels or len(counts) != levels or min(counts) < 1 or min(channel_multipliers) < 1:
-            raise ValueError(
-                f"channel_multipliers {list(channel_multipliers)} and num_res_blocks {counts} must be positive, "
-                "with one count for all levels or one per level"
-            )
-        if patch_size not in (1, 2, 4, 8):
-            raise ValueError(f"patch_size is {patch_size}; expected 1, 2, 4 or 8")
-        if time_conditioning not in ("scale_shift", "additive"):
-            raise ValueError(f"time_conditioning is {time_conditioning!r}; expected 'scale_shift' or 'additive'")
-        if any(not 0 <= level < levels for level in attention_levels):
-            raise ValueError(f"attention_levels {list(attention_levels)} name a level outside 0 … {levels - 1}")
+        check_arguments(channel_multipliers, counts, attention_levels, time_conditioning, patch_size)
         self.in_channels = in_channels
         self.patch_size = patch_size
         self.multiple = patch_size * 2 ** (levels - 1)
@@ -112,41 +166,26 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
 
         widths = [round(model_channels * multiplier) for multiplier in channel_multipliers]
-        area = patch_size**2
-
-        def block(n_in: int, n_out: int, direction: Literal["down", "up", "same"] = "same") -> ResBlock:
-            return ResBlock(n_in, n_out, dropout, time_conditioning, direction, norm_groups)
-
-        def attention(level: int) -> Attention | None:
-            if level not in attention_levels:
-                return None
-            return Attention(widths[level], head_channels, context_width, norm_groups)
-
-        def resize(width: int, direction: Literal["down", "up"]) -> nn.Module:
-            return block(width, width, direction) if resblock_updown else Resample(width, direction)
-
+        area, doubled = patch_size**2, 2 if learned_variance else 1
+        plan = Plan(
+            widths,
+            counts,
+            attention_levels,
+            head_channels,
+            context_width,
+            dropout,
+            time_conditioning,
+            resblock_updown,
+            norm_groups,
+        )
+        # Weights start from one stream of random numbers: what is made in another order starts from other weights.
         self.time_steps = Timesteps(model_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(model_channels, self.time_dim)
         self.input = nn.Conv2d(in_channels * area, widths[0], 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, width = [widths[0]], widths[0]
-        for level in range(levels):
-            for _ in range(counts[level]):
-                self.down.append(Stage(block(width, widths[level]), attention(level)))
-                width = widths[level]
-                skips.append(width)
-            if level < levels - 1:
-                self.down.append(Stage(resize=resize(width, "down")))
-                skips.append(width)
-        middle = Attention(width, head_channels, context_width, norm_groups) if attention_levels else None
-        self.middle = nn.ModuleList([Stage(block(width, width), middle), Stage(block(width, width))])
-        for level in reversed(range(levels)):
-            for i in range(counts[level] + 1):
-                up = resize(widths[level], "up") if level > 0 and i == counts[level] else None
-                self.up.append(Stage(block(width + skips.pop(), widths[level]), attention(level), up))
-                width = widths[level]
-        self.norm = group_norm(width, norm_groups)
-        self.output = zero_init(nn.Conv2d(width, out_channels * area * (2 if learned_variance else 1), 3, padding=1))
+        down, middle, up = plan.down(), plan.middle(), plan.up()
+        self.down, self.up, self.middle = nn.ModuleList(down), nn.ModuleList(up), nn.ModuleList(middle)
+        self.norm = group_norm(widths[0], norm_groups)
+        self.output = zero_init(nn.Conv2d(widths[0], out_channels * area * doubled, 3, padding=1))
         # One matrix for the time projections of all residual blocks: one product a step in place of dozens.
         self.time_widths = [[b.time_channels for b in stage.res_blocks()] for stage in self.stages()]
         self.time_projection = nn.Linear(self.time_dim, sum(map(sum, self.time_widths)))
@@ -209,6 +248,24 @@ class UNet(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(stage, *arguments, use_reentrant=False)
         return stage(*arguments)
+
+
+def check_arguments(
+    multipliers: Sequence[float], counts: Sequence[int], attention_levels: Sequence[int], conditioning: str, patch: int
+) -> None:
+    """Raises ValueError where `UNet`'s arguments are out of range or do not fit each other."""
+    levels = len(multipliers)
+    if not levels or len(counts) != levels or min(counts) < 1 or min(multipliers) < 1:
+        raise ValueError(
+            f"channel_multipliers {list(multipliers)} and num_res_blocks {list(counts)} must be positive, "
+            "with one count for all levels or one per level"
+        )
+    if patch not in (1, 2, 4, 8):
+        raise ValueError(f"patch_size is {patch}; expected 1, 2, 4 or 8")
+    if conditioning not in ("scale_shift", "additive"):
+        raise ValueError(f"time_conditioning is {conditioning!r}; expected 'scale_shift' or 'additive'")
+    if any(not 0 <= level < levels for level in attention_levels):
+        raise ValueError(f"attention_levels {list(attention_levels)} name a level outside 0 … {levels - 1}")
 
 
 def check_picture(name: str, x: Tensor, channels: int, multiple: int) -> None:
