@@ -25,6 +25,7 @@ def test_runs(path: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
     """On the embedded model where the package holds it, else on the tiny one."""
     if not (WEIGHTS / "emoji" / INDEX).is_file():
         monkeypatch.setenv("UNCLIP_MODEL", str(tiny_model))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this interpreter's kernel, not one of the user's
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute()
