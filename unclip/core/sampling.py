@@ -24,16 +24,18 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from unclip.core.analytic import AnalyticDDPMScheduler
 from unclip.core.diffusion import Diffusion
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, Tensor], None]
 Context = TypeVar("Context")
 Seed = int | torch.Generator
-Solver = Literal["ddpm", "ddim", "ddim_inverse", "dpm++", "dpm++sde", "unipc", "unclip"]
+Solver = Literal["ddpm", "analytic", "ddim", "ddim_inverse", "dpm++", "dpm++sde", "unipc", "unclip"]
 
 SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ddpm": (DDPMScheduler, {}),
+    "analytic": (AnalyticDDPMScheduler, {"variance_type": "fixed_small"}),
     "ddim": (DDIMScheduler, {"set_alpha_to_one": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
     "dpm++sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
@@ -41,9 +43,7 @@ SOLVERS: dict[str, tuple[type, dict[str, Any]]] = {
     "unclip": (UnCLIPScheduler, {}),
 }
 # From a picture to noise. A clamped x0 has no way back: neither an inversion nor decoding what it gave may clamp.
-INVERSE: dict[str, tuple[type, dict[str, Any]]] = {
-    "ddim_inverse": (DDIMInverseScheduler, {"set_alpha_to_one": True, "clip_sample": False}),
-}
+INVERSE = {"ddim_inverse": (DDIMInverseScheduler, {"set_alpha_to_one": True, "clip_sample": False})}
 ANCESTRAL = (DDPMScheduler, UnCLIPScheduler)
 # Both end at σ = 0 by a step of first order, the only one that is finite there.
 MULTISTEP = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
@@ -142,6 +142,8 @@ def respaced(scheduler: Any, steps: Sequence[int]) -> Any:
         options["variance_type"] = None
     if isinstance(scheduler, DDIMInverseScheduler):
         options["prediction_type"] = "epsilon"  # `sample` hands it ε: at ᾱ = 1, where it starts, x0 gives none
+    if isinstance(scheduler, AnalyticDDPMScheduler):
+        options["x0_variance"] = [scheduler.config["x0_variance"][step] for step in reversed(steps)]
     copy: Any = type(scheduler).from_config(scheduler.config, **options)
     alphas = kept / torch.cat([kept.new_ones(1), kept[:-1]])
     # ᾱ is set, not computed anew from β: where β is close to 1, 1 − β has no digits left in float32.
@@ -203,7 +205,6 @@ def sample(
     """
     _check_run(scheduler, x_T, generators, eta)
     steps = resolve_timesteps(scheduler, timesteps)
-    generators = list(generators)
     diffusion = Diffusion.from_scheduler(scheduler).to(x_T.device)
     if diffusion.clip is not None and isinstance(scheduler, MULTISTEP):
         denoise = clamped(denoise, diffusion, diffusion.clip)
@@ -211,9 +212,9 @@ def sample(
     x, runs, calls = x_T.float(), [steps] if inverts else _falling_runs(steps), 0
     for i, run in enumerate(runs):
         if i > 0:
-            x = _renoise(scheduler, x, runs[i - 1][-1], run[0], generators)
+            x = _renoise(scheduler, x, runs[i - 1][-1], run[0], list(generators))
         chain, last = respaced(scheduler, run[::-1] if inverts else run), i == len(runs) - 1
-        step_options = _step_options(chain, generators, eta)
+        step_options = _step_options(chain, list(generators), eta)
         for k, t in enumerate(run if last else run[:-1]):
             # An inverse step arrives at t; ε is asked for where x_t is, a step below, and at first at the lowest step.
             t = run[max(k - 1, 0)] if inverts else t
