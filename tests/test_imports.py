@@ -11,7 +11,7 @@ PACKAGES = ("unclip", "prior", "decoder", "upsamplers")
 ALLOWED = {
     "unclip.core": {"unclip.core"},
     "unclip.clip": {"unclip.clip", "unclip.core"},
-    "unclip.corpora": {"unclip.corpora", "unclip.core.data"},
+    "unclip.corpora": {"unclip.corpora", "unclip.core.data", "unclip.core.files"},
     "prior": {"prior", "unclip.clip", "unclip.core"},
     "decoder": {"decoder", "unclip.clip", "unclip.core"},
     "upsamplers": {"upsamplers", "unclip.core"},

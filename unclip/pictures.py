@@ -12,6 +12,8 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from unclip.core.files import whole_file
+
 
 def check_folder(folder: Path, option: str) -> None:
     """Raises ValueError where `folder`, which `option` named, is a file, or could not be made or written to."""
@@ -61,16 +63,12 @@ def read_chunks(path: Path) -> dict[str, str] | None:
 
 
 def write_png(image: Image.Image, path: Path, chunks: Mapping[str, str]) -> None:
-    """Writes a PNG with text chunks, aside first: the name never holds half a picture. Same input, same bytes."""
+    """Writes a PNG with text chunks, whole or not at all. Same input, same bytes."""
     info = PngInfo()
     for key, value in chunks.items():
         info.add_text(key, value)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from unclip.assemble import assemble
+from unclip.core.files import write_json
 from unclip.corpora import shapes
-from unclip.evals.concepts import write_json
 from unclip.evals.shapes_report import report
 
 STAGES = {

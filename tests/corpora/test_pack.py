@@ -80,6 +80,6 @@ def test_nothing_to_pack_leaves_nothing(tmp_path: Path):
 
 def test_overwriting_replaces_nothing_but_a_corpus(tmp_path: Path):
     put(tmp_path / "in", "a.png", "red")
-    with pytest.raises(FileExistsError, match="is no corpus"):
+    with pytest.raises(FileExistsError, match=r"holds no dataset\.json"):
         pack(tmp_path / "in", tmp_path / "in", overwrite=True)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.png", "a.txt", "in"]

@@ -14,25 +14,15 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from unclip.core.files import replace_folder, whole_folder
+
 EMA_FILE = "ema.safetensors"
-
-
-def replace_folder(partial: Path, final: Path) -> None:
-    """Gives the folder `partial` the name `final`; a folder that had this name goes only once the new one is whole."""
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def export(model: nn.Module, folder: Path) -> None:
     """Writes a network's own folder (its `save_pretrained`) to `folder`, whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]  # diffusers' and transformers' models have it
-    replace_folder(partial, folder)
+    with whole_folder(folder) as partial:
+        model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]  # diffusers' and transformers' models have it
 
 
 def named_ema(model: nn.Module, ema: EMAModel) -> dict[str, torch.Tensor]:

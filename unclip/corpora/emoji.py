@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unclip.core.files import write_json
 from unclip.corpora import icons
-from unclip.corpora.shards import ShardWriter, encode_webp, new_folder, write_json
+from unclip.corpora.shards import ShardWriter, encode_webp, new_folder
 
 
 class IconSet(NamedTuple):
@@ -355,7 +356,7 @@ def build(
                 writer.add(drawing.key, picture, meta_of(drawing, info[drawing.style]["license"]["spdx"]))
         (folder / "ATTRIBUTION.md").write_text(attribution(info), encoding="utf-8")
         summary = summary_of(kept, size, {s: info[s]["license"]["spdx"] for s in sets})
-        write_json(folder / "dataset.json", summary)
+        write_json(summary, folder / "dataset.json")
     return summary
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unclip.core.data import fit, load_image
-from unclip.corpora.shards import ShardWriter, encode_webp, new_folder, write_json
+from unclip.core.files import write_json
+from unclip.corpora.shards import ShardWriter, encode_webp, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def pack(
             "concepts": [c for c in concepts if c],
             "skipped": skipped,
         }
-        write_json(folder / "dataset.json", summary)
+        write_json(summary, folder / "dataset.json")
     if skipped:
         log.warning("%d of %d pictures were left out.", len(skipped), len(rows))
     return summary

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from unclip.corpora.shards import ShardWriter, encode_webp, new_folder, write_json
+from unclip.core.files import write_json
+from unclip.corpora.shards import ShardWriter, encode_webp, new_folder
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -173,7 +174,7 @@ def build(
         (folder / "ATTRIBUTION.md").write_text(
             "# Attribution\n\nDrawn by a program; no rights are claimed (CC0-1.0).\n"
         )
-        write_json(folder / "dataset.json", summary)
+        write_json(summary, folder / "dataset.json")
     return summary
 
 

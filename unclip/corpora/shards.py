@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from unclip.core.files import whole_folder
 
 
 def encode_webp(picture: Image.Image, effort: int = 4) -> bytes:
@@ -24,31 +25,15 @@ def encode_webp(picture: Image.Image, effort: int = 4) -> bytes:
 
 @contextmanager
 def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty `OUT.partial`; rename it to OUT when the block ends well, delete it when it does not.
+    """Yield an empty folder that becomes OUT when the block ends well, as `whole_folder` does.
 
     Raises FileExistsError if OUT exists and overwrite is false, or if it is no corpus: nothing but corpora is replaced.
     """
     out = Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already: choose another folder or ask for overwriting.")
-    if out.is_file() or (out.exists() and any(out.iterdir()) and not (out / "dataset.json").is_file()):
-        raise FileExistsError(f"{out} exists and is no corpus: choose another folder or move it away.")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out, "dataset.json") as partial:
         yield partial
-        if out.exists():
-            old = out.with_name(out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class ShardWriter:
@@ -91,8 +76,3 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         for split in list(self._open):
             self._finish(split)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Readable JSON, UTF-8, ending in a newline."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

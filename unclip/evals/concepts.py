@@ -10,9 +10,7 @@ for the picture that was generated for another caption.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.core.data import to_pixels
+from unclip.core.files import write_json
 from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge, cached_features, check_pictures
 from unclip.evals.sheets import check_suffix, contact_sheet, nearest, save_sheet, to_images
@@ -226,14 +225,6 @@ def run(generate: Generate, draws: list[Draw]) -> Tensor:
 def corpus_features(corpus: Corpus, judge: str = JUDGE, featurize: Featurize | None = None) -> Tensor:
     """The judge's features of every drawing of a corpus at 64×64 on white, (m, d), cached in its folder."""
     return cached_features(corpus.folder, corpus.batches, judge, featurize or Judge())
-
-
-def write_json(data: dict[str, Any], path: Path) -> Path:
-    """Write JSON aside and rename it; makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return aside.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------ a model

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from unclip.core.data import read_index
+from unclip.core.files import whole_file
 
 JUDGE = "efficientnet-lite0"
 SIDE = 224
@@ -109,10 +110,6 @@ def cached_features(folder: Path, batches: Callable[[], Iterable[Tensor]], judge
     if path.exists():
         return load_file(path)["features"]
     features = torch.cat([featurize(batch) for batch in batches()]).contiguous()
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError), whole_file(path) as aside:
         save_file({"features": features}, aside)
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
     return features

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.core.data import pil_from_pixels, to_pixels
+from unclip.core.files import write_json
 from unclip.corpora.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw
-from unclip.evals.concepts import Draw, Generate, generator_of, run, wilson, write_json
+from unclip.evals.concepts import Draw, Generate, generator_of, run, wilson
 from unclip.evals.corpus import SIDE, Corpus, load_corpus
 from unclip.evals.shapes import Reading, read
 from unclip.evals.sheets import contact_sheet, save_sheet, to_images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -12,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unclip.core.data import pil_from_pixels
+from unclip.core.files import whole_file
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
@@ -96,15 +96,11 @@ def check_suffix(path: Path) -> str:
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> Path:
-    """Write the sheet aside and rename it, in the format of its suffix; makes the folder."""
+    """Write the sheet, whole or not at all, in the format of its suffix; makes the folder."""
     kind = check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as aside:
         sheet.save(aside, format=kind, quality=90)
-        return aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    return path
 
 
 def nearest(queries: Tensor, gallery: Tensor, metric: str = "cosine") -> Tensor:

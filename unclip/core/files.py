@@ -1,0 +1,67 @@
+"""Whole or not at all: folders and files are written under another name, then renamed. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Gives the folder `partial` the name `final`; a folder that had this name goes only once the new one is whole."""
+    old = final.with_name(final.name + ".old")
+    _remove(old)
+    if final.exists():
+        final.rename(old)
+    partial.rename(final)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()  # what it leads to is not ours
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, mark: str | None = None) -> Iterator[Path]:
+    """Yields an empty `FOLDER.partial`; it takes the folder's name where the block ends well, and goes where not.
+
+    mark: a file that tells what may be replaced. Raises FileExistsError where `folder` holds something, but not it.
+    """
+    if mark and (folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file())):
+        raise FileExistsError(f"{folder} exists and holds no {mark}, so it stays; give a new folder or move it away.")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to, which then takes its place, or goes where an error comes.
+
+    Makes the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Readable JSON, UTF-8, ending in a newline."""
+    with whole_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
