@@ -168,13 +168,14 @@ def test_a_wrong_command_would_be_noticed(command: str, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def desk(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the pages take for granted: pictures of the reader's, the recipes, a model."""
+    """A folder with what the pages take for granted: pictures of the reader's, the clone's folders, a model."""
     (tmp_path / "my-pictures").mkdir()
     for name, colour in (("a", "red"), ("b", "green")):
         Image.new("RGB", (40, 30), colour).save(tmp_path / "my-pictures" / f"{name}.png")
         (tmp_path / "my-pictures" / f"{name}.txt").write_text(f"a {colour} field")
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "photo.png")
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "unclip"):
+        (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my-model").symlink_to(tiny_model)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -341,7 +341,7 @@ def shapes_report(
 def sheet(
     out: Annotated[Path, typer.Option(help="The PNG or WebP to write.")],
     model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
-    captions: Annotated[Path, typer.Option(help="Captions, one a line.")] = Path("recipes/emoji/captions.txt"),
+    captions: Annotated[Path | None, typer.Option(help="Captions, one a line; 48 fixed ones if left out.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
     size: Annotated[int, typer.Option()] = 256,
     preset: Annotated[str, typer.Option()] = "default",

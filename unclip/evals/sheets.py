@@ -16,6 +16,7 @@ from unclip.core.files import whole_file
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
 
+CAPTIONS = Path(__file__).with_name("captions.txt")
 FORMATS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG"}
 PAPER, INK = (255, 255, 255), (40, 40, 40)
 
@@ -134,7 +135,7 @@ def read_captions(path: str | Path) -> list[str]:
 def caption_sheet(
     model: str | None,
     out: str | Path,
-    captions: str | Path = "recipes/emoji/captions.txt",
+    captions: str | Path | None = None,
     seed: int = 0,
     size: int = 256,
     preset: str = "default",
@@ -145,11 +146,12 @@ def caption_sheet(
 ) -> Path:
     """`unclip evals sheet`: one picture of each caption at one seed, unpicked, labelled; returns the sheet's path.
 
-    Each picture is what `unclip sample CAPTION --seed SEED --size SIZE` draws. Raises ValueError, FileNotFoundError.
+    captions: a text file, a caption a line; None takes the 48 that come with the package. Each picture is what
+    `unclip sample CAPTION --seed SEED --size SIZE` draws. Raises ValueError, FileNotFoundError.
     """
     from unclip.pipeline import UnCLIP
 
-    prompts, out = read_captions(captions), Path(out)
+    prompts, out = read_captions(captions or CAPTIONS), Path(out)
     check_suffix(out)
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     result = pipe(prompts, seed=seed, size=size, preset=preset, output_type="pt", callback=callback)
