@@ -6,10 +6,10 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,15 +17,16 @@ from typer.core import TyperGroup
 from unclip import __version__
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from tqdm import tqdm
 
     from unclip.arguments import Progress
-    from unclip.pipeline import UnCLIP
+
+# What torch calls it on CUDA and MPS, and on the CPU of Linux and macOS, and of Windows
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Commands(TyperGroup):
-    """Bad input is one sentence and status 2, Ctrl-C status 130, neither a traceback."""
+    """Bad input is one sentence and status 2, want of memory status 1, Ctrl-C status 130, none of them a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -35,9 +36,14 @@ class Commands(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, TypeError, OSError, ImportError) as error:
             print(f"unclip: {' '.join(str(error).split())}", file=sys.stderr)
             raise typer.Exit(2) from error
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in OUT_OF_MEMORY):
+                raise
+            print("unclip: memory ran out; ask for a smaller --size, or close other programs.", file=sys.stderr)
+            raise typer.Exit(1) from error
 
 
 app = typer.Typer(
@@ -54,7 +60,6 @@ evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")
 app.add_typer(evals, name="evals")
 
-PICTURES_AT_ONCE = 8
 LONGEST_WARNING = 400
 
 
@@ -131,7 +136,7 @@ def sample(
 ) -> None:
     """Draw pictures of prompts; the last line of output is the path of the last picture, or of the sheet."""
     texts = read_prompts(prompts or [], from_file)
-    from unclip.pictures import check_folder
+    from unclip.pictures import check_folder, draw
 
     check_folder(out, "--out")
     from unclip.arguments import check_prompts, check_seeds
@@ -142,8 +147,12 @@ def sample(
 
     quiet_libraries()
     pipe = UnCLIP.from_pretrained(model, dtype.value, device.value)
-    arguments = {"size": size, "preset": preset, "guidance_scale": guidance, "prior_guidance_scale": prior_guidance}
-    draw(pipe, texts, num_images, seed, arguments, out, grid)
+    with closing(Bars()) as bars:
+        for path in draw(
+            pipe, texts, num_images, seed, out, grid, bars,
+            size=size, preset=preset, guidance_scale=guidance, prior_guidance_scale=prior_guidance,
+        ):  # fmt: skip
+            typer.echo(path)
 
 
 def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
@@ -159,46 +168,6 @@ def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
     if not prompts:
         raise ValueError("no prompt came; say what to draw, or name a file of prompts by --from-file.")
     return prompts
-
-
-def draw(
-    pipe: UnCLIP, prompts: list[str], num_images: int, seed: int, arguments: dict[str, Any], out: Path, with_grid: bool
-) -> None:
-    """Draws, writes each picture as soon as its group of prompts is done, and prints the paths."""
-    from unclip.pictures import grid, picture_path, slug, write_png
-
-    size = arguments["size"] or pipe.sizes[-1]
-    chosen = pipe.settings(arguments["preset"], arguments["guidance_scale"], arguments["prior_guidance_scale"])
-    from unclip.presets import write_presets
-
-    settings = {"size": size, "preset": arguments["preset"], "dtype": str(pipe.dtype).removeprefix("torch.")}
-    settings |= {"device": pipe.device.type, **write_presets({"": chosen})[""]}
-    common = {"settings": json.dumps(settings), "model": pipe.model_name, "software": f"unclip {__version__}"}
-    taken: set[Path] = set()
-    sheet = []
-    group = max(1, PICTURES_AT_ONCE // num_images)
-    unique = list(dict.fromkeys(prompts))
-    with ExitStack() as stack:
-        bars = Bars()
-        stack.callback(bars.close)
-        for start in range(0, len(unique), group):
-            batch = unique[start : start + group]
-            result = pipe(batch, num_images, seed, callback=bars, **arguments)
-            out.mkdir(parents=True, exist_ok=True)
-            for i, (image, own_seed) in enumerate(zip(result.images, result.seeds, strict=True)):
-                prompt = batch[i // num_images]
-                chunks = {"prompt": prompt, "seed": str(own_seed), **common}
-                path = picture_path(out, slug(prompt), own_seed, chunks, taken)
-                taken.add(path)
-                write_png(cast("Image", image), path, chunks)
-                sheet += [image] if with_grid else []
-                typer.echo(path)
-    if with_grid:
-        chunks = {"prompt": "\n".join(unique), "seed": str(seed), "num_images": str(num_images), **common}
-        path = picture_path(out, f"{slug(unique[0])}-grid", seed, chunks, taken)
-        columns = num_images if num_images > 1 else min(len(sheet), max(1, round(len(sheet) ** 0.5)))
-        write_png(grid(sheet, columns), path, chunks)
-        typer.echo(path)
 
 
 @app.command()
@@ -248,7 +217,7 @@ def pack(
 def emoji(
     out: Annotated[Path, typer.Option(help="Folder of the shards.")],
     size: Annotated[int, typer.Option(help="Side of the drawings in pixels.")] = 64,
-    packages: Annotated[Path | None, typer.Option(help="Folder of the packages' .tgz files; else npm fetches.")] = None,
+    packages: Annotated[Path | None, typer.Option(help="Folder of the .tgz packages; else npm (Node.js).")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a corpus of that name.")] = False,
     workers: Annotated[int, typer.Option(help="Processes that draw.")] = 1,
 ) -> None:
@@ -384,7 +353,7 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command line and exits: 0, 2 with one sentence on stderr for bad input, 130 after Ctrl-C."""
+    """Runs a command line and exits: 0, or after one sentence 2 for bad input, 1 out of memory, 130 by Ctrl-C."""
     warnings.showwarning = _warn
     app(arguments)
 

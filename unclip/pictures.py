@@ -1,18 +1,29 @@
-"""Pictures as files: names made of prompts, PNG text chunks, grids. Loads no torch."""
+"""Pictures as files: drawing into a folder, names made of prompts, PNG text chunks, grids. Loads no torch."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from unclip import __version__
 from unclip.core.files import whole_file
+from unclip.presets import write_presets
+
+if TYPE_CHECKING:
+    from unclip.arguments import Callback
+    from unclip.pipeline import UnCLIP
+
+AT_ONCE = 8  # pictures drawn before they are written: what an interruption costs, and what is held in memory
 
 
 def check_folder(folder: Path, option: str) -> None:
@@ -30,6 +41,57 @@ def check_file(file: Path | None, option: str) -> None:
         raise ValueError(f"{option} {file} is a folder; give the name of a file.")
     if file is not None:
         check_folder(file.parent, f"{option} {file}: its folder")
+
+
+def draw(
+    pipe: UnCLIP,
+    prompts: Sequence[str],
+    num_images: int,
+    seed: int,
+    folder: Path,
+    with_grid: bool = False,
+    callback: Callback | None = None,
+    *,
+    size: int | None = None,
+    preset: str = "default",
+    guidance_scale: float | None = None,
+    prior_guidance_scale: float | None = None,
+) -> Iterator[Path]:
+    """Draws `num_images` pictures of each prompt into a folder, `AT_ONCE` at a time; yields each path once written.
+
+    The arguments are those of the pipeline's call. A prompt that comes twice is drawn once. with_grid: at last the path
+    of a sheet of them all.
+    """
+    chosen = pipe.settings(preset, guidance_scale, prior_guidance_scale)
+    settings = {"size": size or pipe.sizes[-1], "preset": preset, "dtype": str(pipe.dtype).removeprefix("torch.")}
+    settings |= {"device": pipe.device.type, **write_presets({"": chosen})[""]}
+    common = {"settings": json.dumps(settings), "model": pipe.model_name, "software": f"unclip {__version__}"}
+    taken: set[Path] = set()
+    sheet: list[Image.Image] = []
+    prompts = list(dict.fromkeys(prompts))
+    for batch, first, count in groups(prompts, num_images):
+        result = pipe(batch, count, seed + first, size, preset, guidance_scale, prior_guidance_scale, callback=callback)
+        for i, (image, own_seed) in enumerate(zip(cast("list[Image.Image]", result.images), result.seeds, strict=True)):
+            chunks = {"prompt": batch[i // count], "seed": str(own_seed), **common}
+            path = picture_path(folder, slug(batch[i // count]), own_seed, chunks, taken)
+            taken.add(path)
+            write_png(image, path, chunks)
+            sheet += [image] if with_grid else []
+            yield path
+    if with_grid:
+        chunks = {"prompt": "\n".join(prompts), "seed": str(seed), "num_images": str(num_images), **common}
+        path = picture_path(folder, f"{slug(prompts[0])}-grid", seed, chunks, taken)
+        row_a_prompt = len(prompts) > 1 and num_images > 1
+        write_png(grid(sheet, num_images if row_a_prompt else columns_of(len(sheet))), path, chunks)
+        yield path
+
+
+def groups(prompts: Sequence[str], num_images: int) -> Iterator[tuple[Sequence[str], int, int]]:
+    """What is drawn in one go, `AT_ONCE` pictures at most: prompts, the first of each one's pictures, how many."""
+    together = max(1, AT_ONCE // num_images)
+    for start in range(0, len(prompts), together):
+        for first in range(0, num_images, AT_ONCE):
+            yield prompts[start : start + together], first, min(AT_ONCE, num_images - first)
 
 
 def slug(prompt: str, length: int = 60) -> str:
@@ -79,3 +141,8 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Ima
     for i, image in enumerate(images):
         sheet.paste(image, ((i % columns) * (width + gap), (i // columns) * (height + gap)))
     return sheet
+
+
+def columns_of(count: int) -> int:
+    """Columns of a sheet of `count` pictures: between square and half as high as wide, the fewest places empty."""
+    return min(range(math.isqrt(count - 1) + 1, int(2 * count**0.5) + 1), key=lambda columns: -count % columns)

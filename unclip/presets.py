@@ -39,6 +39,12 @@ class StageSettings:
             raise ValueError(f"steps are {self.steps}; give at least 1.")
         if not isinstance(self.guidance_scale, int | float) or not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance scale is {self.guidance_scale!r}; give a number from 0 to 100, 1 for none.")
+        if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta!r}; give a number from 0 to 1.")
+        if not isinstance(self.solver, str) or not isinstance(self.options, Mapping):
+            raise ValueError(
+                f"solver is {self.solver!r} and options are {self.options!r}; give a name, and names with values."
+            )
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or not 1 <= self.draws <= 64:
             raise ValueError(f"draws are {self.draws!r}; give a whole number from 1 to 64.")
 

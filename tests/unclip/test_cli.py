@@ -1,14 +1,18 @@
 """The command line: what it prints and writes, and that bad input costs one sentence and no file."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from unclip.cli import main
-from unclip.pictures import grid, read_chunks, slug, write_png
+from unclip.evals.sheets import CAPTIONS, read_captions
+from unclip.pictures import columns_of, grid, groups, read_chunks, slug, write_png
 
 
 @pytest.fixture
@@ -29,8 +33,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+CPU = ("--device", "cpu", "--dtype", "fp32")
+
+
 def sample(model: Path, *more: object) -> tuple[object, ...]:
-    return ("sample", "--model", model, "--device", "cpu", "--dtype", "fp32", *more)
+    return ("sample", "--model", model, *CPU, *more)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +136,29 @@ def test_bad_input_is_one_sentence_and_no_file(run, tiny_model: Path, tmp_path: 
     assert files(tmp_path) == {"taken": b"mine"}
 
 
+def test_many_pictures_are_drawn_a_few_at_a_time_and_stay_the_same(run, tiny_model, monkeypatch) -> None:
+    command = sample(tiny_model, "a pear", "a fig", "--num-images", 5, "--seed", 2, "--size", 16, "--grid")
+    status, whole, err = run(*command, "--out", "whole")
+    assert status == 0, err
+    monkeypatch.setattr("unclip.pictures.AT_ONCE", 2)
+    status, parts, err = run(*command, "--out", "parts")
+    assert status == 0, err
+    assert [path.removeprefix("parts/") for path in parts] == [path.removeprefix("whole/") for path in whole]
+    for one, other in zip(whole, parts, strict=True):
+        assert read_chunks(Path(one)) == read_chunks(Path(other))
+        with Image.open(one) as a, Image.open(other) as b:
+            assert (np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)) <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize(("prompts", "num_images"), [(1, 1), (1, 500), (3, 9), (20, 1), (5, 3), (2, 8)])
+def test_groups_hold_every_picture_once_in_order(prompts: int, num_images: int) -> None:
+    found, given = [], [str(i) for i in range(prompts)]
+    for batch, first, count in groups(given, num_images):
+        assert 0 < len(batch) * count <= 8
+        found += [(prompt, first + i) for prompt in batch for i in range(count)]
+    assert found == [(prompt, i) for prompt in given for i in range(num_images)]
+
+
 def test_interruption_keeps_what_is_done_and_no_half_file(run, tiny_model, tmp_path, monkeypatch) -> None:
     saved = Image.Image.save
 
@@ -144,6 +174,60 @@ def test_interruption_keeps_what_is_done_and_no_half_file(run, tiny_model, tmp_p
     assert out == ["pictures/a-pear-0.png"]
     assert "interrupted" in err
     assert list(files(tmp_path)) == out
+
+
+def test_want_of_memory_is_one_sentence(run, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    def too_large(self, *_, **__):
+        return torch.empty(2**60)  # what a CPU says; the other is what CUDA does
+
+    def too_large_for_cuda(self, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    for decode in (too_large, too_large_for_cuda):
+        monkeypatch.setattr("unclip.pipeline.UnCLIP.decode", decode)
+        status, out, err = run(*sample(tiny_model, "a pear", "--size", 16))
+        assert (status, out) == (1, [])
+        assert err.splitlines()[-1].startswith("unclip: memory ran out; ask for a smaller --size")
+        assert not files(tmp_path)
+
+
+def test_an_error_of_our_own_is_no_sentence(run, tiny_model: Path, monkeypatch) -> None:
+    def broken(self, *_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("unclip.pipeline.UnCLIP.decode", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main([str(a) for a in sample(tiny_model, "a pear", "--size", 16)])
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"eta": "much"}, "eta is 'much'"),
+        ({"solver": 3}, "solver is 3"),
+        ({"options": {"clip_sample_range": "wide"}}, "str"),
+    ],
+)
+def test_a_model_with_a_wrong_setting_is_one_sentence(run, copy_model, tmp_path: Path, setting, says: str) -> None:
+    index = copy_model() / "model_index.json"
+    content = json.loads(index.read_text())
+    content["presets"]["default"]["decoder"] |= setting
+    index.write_text(json.dumps(content))
+    status, out, err = run(*sample(index.parent, "a pear", "--size", 16))
+    assert (status, out) == (2, [])
+    assert err.startswith("unclip: ") and says in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("pictures/*"))
+
+
+def test_the_fixed_captions_are_found_from_any_folder(run, tiny_model: Path, tmp_path: Path) -> None:
+    status, out, err = run("evals", "sheet", "--model", tiny_model, "--size", 16, "--out", "sheet.png", *CPU)
+    assert (status, out) == (0, ["sheet.png"]), err
+    assert len(read_captions(CAPTIONS)) == 48
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width > 8 * 16 and sheet.height > 6 * 16
+    status, out, err = run("evals", "sheet", "--captions", "nowhere.txt", "--out", "b.png", "--model", tiny_model)
+    assert (status, out) == (2, [])
+    assert "list of captions nowhere.txt" in err
 
 
 def test_a_long_prompt_is_a_warning(run, tiny_model: Path) -> None:
@@ -230,6 +314,13 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path: Path) -> None:
     with pytest.raises(AttributeError):
         write_png(None, path, {})  # pyright: ignore[reportArgumentType]
     assert files(tmp_path) == {"x.png": before}
+
+
+@pytest.mark.parametrize(
+    ("count", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 3), (7, 4), (8, 4), (9, 3), (12, 4), (48, 8)]
+)
+def test_a_sheet_has_rows_as_full_as_may_be(count: int, columns: int) -> None:
+    assert columns_of(count) == columns
 
 
 def test_a_grid_may_end_with_a_part_of_a_row() -> None:
