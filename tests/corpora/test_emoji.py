@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -75,7 +76,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         icons_json = {"prefix": style, "width": 16, "height": 16, "icons": found, "aliases": aliases}
         members = {"icons.json": icons_json, "chars.json": chars, "info.json": info}
-        package(folder / f"iconify-json-{style}-9.9.9.tgz", members)
+        package(folder / f"iconify-json-{style}-{SETS[style].version}.tgz", members)
     return folder
 
 
@@ -148,6 +149,14 @@ def test_errors_are_one_sentence_and_leave_nothing(packages: Path, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
     emoji.build(tmp_path / "there", 32, packages, sets=("noto",), overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"] and rows_of(tmp_path / "there")
+
+
+def test_a_package_of_another_version_is_refused(packages: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(packages, tmp_path / "packages"))
+    (folder / "iconify-json-noto-1.2.9.tgz").rename(folder / "iconify-json-noto-1.2.10.tgz")
+    with pytest.raises(FileNotFoundError, match=r"no iconify-json-noto-1\.2\.9\.tgz, but iconify-json-noto-1\.2\.10"):
+        emoji.build(tmp_path / "out", 32, folder, sets=("noto", "noto-v1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["packages"]
 
 
 def test_fetching_without_npm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

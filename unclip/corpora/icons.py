@@ -16,20 +16,20 @@ CACHE = Path("~/.cache/unclip/packages")
 
 
 def fetch(name: str, version: str, packages: str | Path | None = None, cache: str | Path | None = None) -> Path:
-    """The path of a package's tarball: from the folder `packages` if given, else from the cache, else by `npm pack`.
+    """The path of a package's tarball: in the folder `packages` if given, else in the cache, else by `npm pack`.
 
-    Raises FileNotFoundError when it is in neither and npm is absent or does not get it.
+    Its name is the one npm gives it, version included: another version has other drawings. Raises FileNotFoundError
+    when it is not there, or npm is absent or does not get it.
     """
     stem = name.removeprefix("@").replace("/", "-")
-    if packages is not None:
-        found = sorted(Path(packages).glob(f"{stem}-[0-9]*.tgz"))
-        if not found:
-            raise FileNotFoundError(f"The folder {packages} holds no {stem}-{version}.tgz: put the package there.")
-        return found[-1]
-    folder = Path(cache or CACHE).expanduser()
+    folder = Path(packages or cache or CACHE).expanduser()
     path = folder / f"{stem}-{version}.tgz"
     if path.is_file():
         return path
+    if packages is not None:
+        others = ", ".join(sorted(other.name for other in folder.glob(f"{stem}-[0-9]*.tgz")))
+        beside = f", but {others}, which has other contents" if others else ""
+        raise FileNotFoundError(f"The folder {packages} holds no {path.name}{beside}: put that version there.")
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
