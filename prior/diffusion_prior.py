@@ -1,6 +1,6 @@
 """Diffusion prior P(z_i | y): a causal transformer that predicts the unnoised image embedding (paper §2.2)."""
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -8,7 +8,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from unclip.core.transformer import Block, KeysValues, causal_mask
+from prior.caption import check_caption, drop_caption, without_padding
+from unclip.core.transformer import Block, KeysValues, causal_mask, prefix_of
 
 
 class PriorContext(NamedTuple):
@@ -98,28 +99,17 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
         text, another for z_t, and nothing of z_t, text and mask is used. Raises ValueError on shapes that do not fit,
         and on drop_text without learned tokens.
         """
-        self._check(z_t, text, text_mask, drop_text)
+        check_caption(self, z_t, text, text_mask, drop_text)
         n = text.shape[1]
-        # `where`, not a product: whatever stands in a padded row, NaN included, must not get through.
-        h = self.embed_text(torch.where(text_mask[..., None], text, torch.zeros_like(text)))  # b n w
+        h = self.embed_text(without_padding(text, text_mask))  # b n w
         z = self.embed_z_t(z_t)[:, None]  # b 1 w
-        if drop_text is not None and self.null_text is not None and self.null_z_t is not None:
-            drop = drop_text[:, None, None]
-            first = torch.zeros(n, dtype=torch.bool, device=text.device)
-            first[0] = True
-            h = torch.where(drop, self.null_text.to(h.dtype), h)
-            z = torch.where(drop, self.null_z_t.to(z.dtype), z)
-            text_mask = torch.where(drop_text[:, None], first, text_mask)
+        if drop_text is not None:
+            if self.null_text is None or self.null_z_t is None:
+                raise ValueError("This prior has no learned null tokens: give the encoded empty prompt, not drop_text.")
+            h, z, text_mask = drop_caption(h, z, text_mask, drop_text, self.null_text, self.null_z_t)
         h = torch.cat([h + self.positions[:n], z + self.positions[self.context_length]], dim=1)
         mask = torch.cat([text_mask, text_mask.new_ones(len(text), 1)], dim=1)  # b n+1
-        attended = causal_mask(mask)
-        prefix = []
-        *body, last = cast(list[Block], list(self.blocks))
-        for block in body:
-            h, kv = block.prefix(h, attended)
-            prefix.append(kv)
-        prefix.append(last.keys_values(h))
-        return PriorContext(tuple(prefix), mask)
+        return PriorContext(prefix_of(self.blocks, h, causal_mask(mask)), mask)
 
     def forward(self, x_t: Tensor, t: Tensor, context: PriorContext | None = None, **conditions) -> Tensor:
         """One denoising step: three tokens over the prefix. Give `context`, or the arguments of `encode_context`.
@@ -143,23 +133,6 @@ class DiffusionPrior(ModelMixin, ConfigMixin):
             h = block(h, kv, mask)
         h = last(h, context.prefix[-1], mask, rows=1)  # b 1 w
         return self.head(self.norm_out(h[:, 0]))
-
-    def _check(self, z_t: Tensor, text: Tensor, text_mask: Tensor, drop_text: Tensor | None) -> None:
-        b = len(z_t)
-        if z_t.shape != (b, self.embedding_dim):
-            raise ValueError(f"z_t is {tuple(z_t.shape)}, expected (b, {self.embedding_dim}).")
-        if text.ndim != 3 or text.shape != (b, text.shape[1], self.text_width) or text.shape[1] < 1:
-            raise ValueError(f"text is {tuple(text.shape)}, expected ({b}, n, {self.text_width}), n at least 1.")
-        if text.shape[1] > self.context_length:
-            raise ValueError(f"text has {text.shape[1]} tokens, the prior takes {self.context_length}; cut it.")
-        if text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool:
-            raise ValueError(
-                f"text_mask is {text_mask.dtype} {tuple(text_mask.shape)}, expected bool {tuple(text.shape[:2])}."
-            )
-        if drop_text is not None and self.null_text is None:
-            raise ValueError("This prior has no learned null tokens: give the encoded empty prompt, not drop_text.")
-        if drop_text is not None and (drop_text.shape != (b,) or drop_text.dtype != torch.bool):
-            raise ValueError(f"drop_text is {drop_text.dtype} {tuple(drop_text.shape)}, expected bool ({b},).")
 
 
 def best_of(z_i: Tensor, z_t: Tensor) -> Tensor:
