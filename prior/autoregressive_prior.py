@@ -1,6 +1,6 @@
 """Autoregressive prior P(z_i | y): z_i's principal components, quantised, one after another (paper §2.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -171,12 +171,15 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         temperature: float = 1.0,
         top_p: float = 1.0,
         callback: Callable[[int, int, Tensor], None] | None = None,
+        negative: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Draws z_i (b, d), float32, for a dot product from the top half of its distribution (§2.2).
 
         z_t, text, text_mask: as `encode_context`'s; generators: one for each row, on the CPU, from which all that is
         random about the row comes. guidance_scale: 1 is the conditional model, 0 the unconditional. temperature, top_p:
-        `draw_tokens` says. callback(j, k − 1 − j, z_i of the tokens so far): after token j. The norm is not made 1.
+        `draw_tokens` says. callback(j, k − 1 − j, z_i of the tokens so far): after token j. negative: z_t, text and
+        text_mask, b rows of as many tokens, that guidance leads away from in the unconditional's place. The norm is not
+        made 1.
         """
         if len(generators) != len(z_t):
             raise ValueError(f"got {len(generators)} generators for {len(z_t)} embeddings: give one for each.")
@@ -185,7 +188,9 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
         guides = guidance_scale not in (0, 1)
         context = self.encode_context(z_t, text, text_mask, dot)
         if guidance_scale != 1:
-            null = self.encode_context(z_t, text, text_mask, dot, torch.ones_like(text_mask[:, 0]))
+            drop = torch.ones_like(text_mask[:, 0]) if negative is None else None
+            away = negative or {"z_t": z_t, "text": text, "text_mask": text_mask}
+            null = self.encode_context(**away, dot=dot, drop_text=drop)
             context = cat_contexts(null, context) if guides else null
         y = torch.empty(len(z_t), 0, dtype=torch.long, device=z_t.device)
         for j in range(self.components):

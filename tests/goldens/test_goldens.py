@@ -12,7 +12,14 @@ from torch import nn
 
 from decoder.decoder import Decoder
 from decoder.train import DecoderConfig, decoder_loss
-from prior.train import PriorConfig, embedding_statistics, make_prior, prior_loss
+from prior.train import (
+    PriorConfig,
+    autoregressive_loss,
+    embedding_statistics,
+    make_autoregressive_prior,
+    make_prior,
+    prior_loss,
+)
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP
 from unclip.clip.train import CLIPConfig, clip_loss, texts_of
@@ -43,6 +50,14 @@ def make_prior_of(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     return network, prior_loss(config, remembered, diffusion)
 
 
+def make_prior_ar(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
+    model = {"width": 16, "depth": 2, "heads": 2, "components": 6, "buckets": 32, "dot_buckets": 4}
+    config = PriorConfig(model, settings, data, "unused", kind="ar")
+    remembered = RememberedCLIP(clip)
+    network = make_autoregressive_prior(config, remembered, ShardDataset(data))
+    return network, autoregressive_loss(config, remembered)
+
+
 def make_decoder(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     context = {"z_i_width": 12, "z_i_scale": 3.0, "z_i_tokens": 2, "text_width": 16, "context_width": 16}
     attention = {"sample_size": 32, "patch_size": 2, "attention_resolutions": (8,), "head_channels": 8}
@@ -57,7 +72,13 @@ def make_upsampler(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     return Upsampler(**config.model), upsampler_loss(config, 4, diffusion)
 
 
-STAGES = {"clip": make_clip, "prior": make_prior_of, "decoder": make_decoder, "upsampler": make_upsampler}
+STAGES = {
+    "clip": make_clip,
+    "prior": make_prior_of,
+    "prior_ar": make_prior_ar,
+    "decoder": make_decoder,
+    "upsampler": make_upsampler,
+}
 
 
 @torch.no_grad()

@@ -261,6 +261,11 @@ def test_guidance_one_is_conditional_zero_unconditional_and_both_are_one_formula
         null = prior(y, **given, dot=dot, drop_text=drop)
         y[:, j] = draw_tokens((null + 3 * (conditional - null))[:, j], numbers[:, j + 1])
     assert torch.allclose(draw(3), prior.dequantise(y), atol=1e-6)
+    away = {**given, **other}
+    assert torch.equal(
+        prior.sample(**given, generators=picture_generators([1, 2, 3], "prior"), guidance_scale=0, negative=away),
+        draw(1, **other),
+    )
 
 
 def test_the_product_is_drawn_from_the_top_half(prior, given):

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -10,13 +11,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior
 from prior.evaluate import draw_embeddings
-from prior.train import PriorConfig, embedding_statistics, make_prior, prior_loss, run
+from prior.train import (
+    PriorConfig,
+    autoregressive_loss,
+    embedding_statistics,
+    make_autoregressive_prior,
+    make_prior,
+    prior_loss,
+    run,
+    training_embeddings,
+)
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP
+from unclip.core.analytic import AnalyticDDPMScheduler
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import TrainConfig, parse
 
 IMAGE = {"dim": 12, "image_size": 16, "patch_size": 8, "image_width": 32, "image_depth": 1, "image_heads": 2}
@@ -137,6 +150,35 @@ def test_a_run_learns_to_draw_the_right_embedding(corpus: Path, clip: CLIP, tmp_
     one = draw_embeddings(prior, clip, scheduler, captions, seeds, candidates=1)
     assert bool((F.cosine_similarity(both, z_t) >= F.cosine_similarity(one, z_t) - 1e-6).all())
 
+    learns_its_variance(replace(config, estimate_variance=8, evaluate=[]), prior, clip)
+
+
+def learns_its_variance(config: PriorConfig, prior: DiffusionPrior, clip: CLIP) -> None:
+    """Its statistic is what the network's own error is; sampling by it draws the right embeddings; twice is once."""
+    folder = run(config)
+    assert folder == Path(config.train.out) / "scheduler"
+    scheduler = AnalyticDDPMScheduler.from_pretrained(folder)
+    remembered, dataset = RememberedCLIP(clip), ShardDataset(config.data)
+    z_i, captions = training_embeddings(remembered, dataset, config, 8)
+    x0, t = prior.standardize(z_i), torch.full((8,), 600)
+    z_t, text, mask = clip.encode_text(captions)
+    context = prior.encode_context(z_t=z_t, text=text, text_mask=mask)
+    with torch.no_grad():
+        kept = scheduler.alphas_cumprod[600]
+        noise = torch.randn(50, 8, 12, generator=torch.Generator().manual_seed(0))
+        error = torch.stack([(prior(kept.sqrt() * x0 + (1 - kept).sqrt() * n, t, context) - x0) ** 2 for n in noise])
+    assert scheduler.config["x0_variance"][600] == pytest.approx(error.mean().item(), rel=0.5)
+
+    generators = picture_generators(range(8), "prior")
+    sampler = make_sampler(scheduler, "analytic")
+    drawn = sample(guided(prior, context), sampler, starting_noise((12,), generators), 16, generators)
+    assert F.cosine_similarity(prior.unstandardize(drawn), z_i).mean() > 0.9
+    before = (folder / "scheduler_config.json").read_bytes()
+    run(config)
+    assert (folder / "scheduler_config.json").read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="no trained diffusion prior"):
+        run(replace(config, train=replace(config.train, out=config.train.out + "-elsewhere")))
+
 
 def test_a_size_that_contradicts_the_clip_is_named(corpus: Path, clip: CLIP, tmp_path: Path):
     config = config_of(corpus, tmp_path)
@@ -145,8 +187,77 @@ def test_a_size_that_contradicts_the_clip_is_named(corpus: Path, clip: CLIP, tmp
         make_prior(config, clip)
 
 
+def ar_config(corpus: Path, out: Path, clip: str = "unused", steps: int = 1, **model) -> PriorConfig:
+    config = config_of(corpus, out, clip, steps, kind="ar")
+    config.model |= {"buckets": 16, "dot_buckets": 4, **model}
+    return config
+
+
+def test_components_are_as_many_as_the_error_needs(corpus: Path, clip: CLIP, tmp_path: Path):
+    dataset, remembered = ShardDataset(DataConfig(str(corpus))), RememberedCLIP(clip)
+    config = ar_config(corpus, tmp_path)
+    z_i = clip.encode_image(torch.stack([dataset[i]["image"] for i in range(8)]).float() / 127.5 - 1)
+    variance = (z_i - z_i.mean(0)).square().sum(-1).mean()
+    counts = set()
+    for error in (0.5, 0.01, 1e-9):
+        prior = make_autoregressive_prior(replace(config, error=error), remembered, dataset)
+        lost = (prior.pca.project(z_i, prior.components) - z_i).square().sum(-1).mean()
+        assert lost <= error * variance + 1e-7
+        counts.add(prior.components)
+    assert len(counts) == 3
+    assert max(counts) <= 8  # eight pictures span no more
+    assert make_autoregressive_prior(ar_config(corpus, tmp_path, components=5), remembered, dataset).components == 5
+    with pytest.raises(ValueError, match="has no noise"):
+        make_autoregressive_prior(replace(config, weighting="min_snr"), remembered, dataset)
+
+
+def test_the_autoregressive_loss_is_the_tokens_cross_entropy(corpus: Path, clip: CLIP, tmp_path: Path):
+    """0 for a network that knows every token, its cosine that of the quantised z_i; ln n for one that guesses."""
+    dataset, remembered = ShardDataset(DataConfig(str(corpus))), RememberedCLIP(clip)
+    config = ar_config(corpus, tmp_path, buckets=1024)
+    prior = make_autoregressive_prior(config, remembered, dataset)
+    batch = {**collate([dataset[i] for i in range(8)]), "draws": Draws(0, 0, range(8))}
+    z_i = clip.encode_image(batch["image"].float() / 127.5 - 1)
+    asked: list[dict] = []
+    sureness = 100.0
+
+    def answer(y, **conditions):
+        asked.append({"y": y, **conditions})
+        return sureness * F.one_hot(y, 1024).float()
+
+    prior.forward = answer  # pyright: ignore
+    loss, metrics = autoregressive_loss(config, remembered)(prior, batch)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.equal(asked[0]["y"], prior.quantise(z_i))
+    assert torch.allclose(asked[0]["dot"], (z_i * asked[0]["z_t"]).sum(-1), atol=1e-6)
+    quantised = F.cosine_similarity(prior.dequantise(prior.quantise(z_i)), z_i).mean()
+    assert metrics["cosine"].item() == pytest.approx(quantised.item(), abs=1e-5)
+    assert quantised > 0.99 > metrics["cosine_shuffled"]
+    sureness = 0.0
+    loss, _ = autoregressive_loss(config, remembered)(prior, {**batch, "draws": Draws(0, 0, range(8))})
+    assert loss.item() == pytest.approx(torch.tensor(1024.0).log().item())
+
+
+def test_an_autoregressive_run_learns_to_draw_the_right_embedding(corpus: Path, clip: CLIP, tmp_path: Path):
+    clip.save_pretrained(tmp_path / "clip")
+    # A CLIP of random weights gives every picture a product of its own: where it told them apart, one drawn from the
+    # top half would contradict the caption.
+    config = ar_config(corpus, tmp_path / "out", str(tmp_path / "clip"), steps=200, dot_buckets=1)
+    config.evaluate = ["train"]
+    folder = run(config)
+    figures = json.loads((tmp_path / "out/evaluation.json").read_text())["train"]
+    assert figures["top1"] > 0.8
+    assert figures["cosine"] > 0.9 > figures["cosine_shuffled"]
+    assert not (tmp_path / "out/scheduler").exists()
+    prior = AutoregressivePrior.from_pretrained(folder).eval()
+    captions = ["a red square", "a blue square"]
+    both = draw_embeddings(prior, clip, None, captions, [5, 6])
+    assert torch.allclose(both[1:], draw_embeddings(prior, clip, None, captions[1:], [6]), atol=1e-5)
+    assert torch.allclose(both.norm(dim=-1), torch.ones(2))
+
+
 def test_recipes_fit_their_config(request):
-    for recipe in ("emoji/prior.yaml", "paper/prior.yaml"):
+    for recipe in ("emoji/prior.yaml", "emoji/prior_ar.yaml", "paper/prior.yaml", "paper/prior_ar.yaml"):
         config = parse(PriorConfig, ["--config", str(Path(request.config.rootpath) / "recipes" / recipe)])
         assert config.train.steps > 0
         assert isinstance(config.data, DataConfig)
