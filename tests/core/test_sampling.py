@@ -52,6 +52,9 @@ def draw(shape=(20000,), count=2, stage="a"):
 
 def toy(prediction="epsilon", learned=False, kind="cosine", clip=False):
     scheduler = make_scheduler(kind, prediction, learned, clip_sample=clip)
+    kept = scheduler.alphas_cumprod.double()
+    variance = STD**2 * (1 - kept) / (kept * STD**2 + 1 - kept)  # of x0 given x_t: what solver "analytic" needs
+    scheduler.register_to_config(x0_variance=variance.tolist())
     return scheduler, Diffusion.from_scheduler(scheduler)
 
 
