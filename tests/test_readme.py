@@ -327,7 +327,7 @@ def test_from_pictures_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             config = parse(getattr(importlib.import_module(module), CONFIGS[module]),
                            [*arguments, *shlex.split(TINY[trained[-1]]), *small])  # fmt: skip
             importlib.import_module(module).run(config)
-    assert trained == list(TINY)
+    assert list(dict.fromkeys(trained)) == list(TINY)  # one recipe may train two networks
     path = Path(capsys.readouterr().out.splitlines()[-1])
     assert path.name == "what-your-captions-say-0.png"
     with Image.open(path) as image:
