@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
+from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, save_scheduler, train
+from unclip.core.train import Batch, LossFn, SampleFn, save_scheduler, train
 
 
 @dataclass

@@ -19,11 +19,12 @@ from prior.pca import PCA
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.analytic import x0_variance
+from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.files import whole_folder
 from unclip.core.sampling import guided, make_sampler
-from unclip.core.train import Batch, LossFn, TrainConfig, main, save_scheduler, train
+from unclip.core.train import Batch, LossFn, save_scheduler, train
 
 
 @dataclass

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unclip.cli import app, main
 from unclip.clip.train import CLIPConfig
-from unclip.core.train import parse
+from unclip.core.config import parse
 from unclip.folder import INDEX, WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -256,8 +256,8 @@ def test_every_option_of_sample_is_in_the_readme() -> None:
 def test_every_dial_is_in_the_training_page(module: str) -> None:
     from dataclasses import fields
 
+    from unclip.core.config import TrainConfig
     from unclip.core.data import DataConfig
-    from unclip.core.train import TrainConfig
 
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     config = getattr(importlib.import_module(module), CONFIGS[module])

@@ -8,10 +8,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, TrainConfig, main, save_scheduler, train
+from unclip.core.train import Batch, LossFn, SampleFn, save_scheduler, train
 from upsamplers.degradations import bsr, downsample, gaussian_blur
 from upsamplers.upsampler import Upsampler
 

@@ -19,8 +19,9 @@ from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP
 from unclip.clip.train import CLIPConfig, augment, clip_loss, contrastive_loss, keys_of, run
+from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
-from unclip.core.train import TrainConfig, parse, train
+from unclip.core.train import train
 
 TINY = CLIPArguments(
     dim=12,

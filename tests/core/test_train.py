@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unclip.core import checkpoint
-from unclip.core.train import Batch, TrainConfig, learning_rate, optimizer_of, parse, rows_of, train
+from unclip.core.config import TrainConfig, parse
+from unclip.core.train import Batch, learning_rate, optimizer_of, rows_of, train
 
 
 class Pictures(Dataset):

@@ -12,9 +12,9 @@ from decoder.decoder import Decoder
 from decoder.train import DecoderConfig, decoder_loss, decoder_samples, run
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
+from unclip.core.config import TrainConfig, main, parse
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, to_pixels
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.train import TrainConfig, main, parse
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/decoder.yaml"))
 MODEL = {

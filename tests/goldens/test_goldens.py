@@ -23,9 +23,10 @@ from prior.train import (
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP
 from unclip.clip.train import CLIPConfig, clip_loss, texts_of
+from unclip.core.config import TrainConfig
 from unclip.core.data import DataConfig, ShardDataset
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.train import LossFn, TrainConfig, train
+from unclip.core.train import LossFn, train
 from upsamplers.train import UpsamplerConfig, upsampler_loss
 from upsamplers.upsampler import Upsampler
 

@@ -27,10 +27,10 @@ from prior.train import (
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.analytic import AnalyticDDPMScheduler
+from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import TrainConfig, parse
 
 IMAGE = {"dim": 12, "image_size": 16, "patch_size": 8, "image_width": 32, "image_depth": 1, "image_heads": 2}
 TEXT = {"text_width": 32, "text_depth": 1, "text_heads": 2, "vocab_size": 300, "context_length": 20}

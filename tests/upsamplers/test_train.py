@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.core.config import TrainConfig, parse
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, to_pixels
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.train import TrainConfig, parse
 from upsamplers.degradations import downsample, gaussian_blur
 from upsamplers.train import UpsamplerConfig, degrade, random_crops, run, upsampler_loss, upsampler_samples
 from upsamplers.upsampler import Upsampler

@@ -18,8 +18,9 @@ from transformers import PretrainedConfig
 
 from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
+from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.train import Batch, LossFn, TrainConfig, main, train
+from unclip.core.train import Batch, LossFn, train
 
 Same = Literal["none", "caption", "concept"]
 

@@ -7,81 +7,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
-from jsonargparse import ActionConfigFile, ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from unclip.core import checkpoint
+from unclip.core.config import TrainConfig
 from unclip.core.data import Draws, collate
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 SampleFn = Callable[[nn.Module, Batch], Tensor]
-Config = TypeVar("Config")
-
-
-@dataclass
-class TrainConfig:
-    """How a network is trained. `batch_size` counts the samples of one optimiser step over all processes."""
-
-    out: str  # folder of checkpoints, logs and the exported model
-    steps: int
-    batch_size: int
-    accumulation: int = 1  # micro-batches a process splits its share into
-    learning_rate: float = 1e-4
-    lr_scales: dict[str, float] = field(default_factory=dict)  # factor on the rate of parameters by prefix of name
-    warmup: int = 100  # steps of linear warm-up
-    decay: int = 0  # the last steps, over which the rate falls linearly to zero
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled; not on vectors (biases, norms)
-    clip_grad: float = 1.0
-    ema: float = 0.9999  # upper end: the decay after n steps is min(ema, (1 + n) / (10 + n))
-    precision: Literal["no", "bf16", "fp16"] = "bf16"  # autocast over fp32 weights
-    channels_last: bool = False
-    compile: bool = False
-    seed: int = 0
-    workers: int = 0
-    tracker: str = "tensorboard"  # any accelerate tracker by name, or "none"
-    log_every: int = 50
-    validate_every: int = 1000
-    save_every: int = 1000
-    keep: int = 2  # training states kept
-    resume: bool = False
-
-
-def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
-    """Reads a stage's config from `--config FILE`, with `--any.field value` overrides and `--resume`.
-
-    `config_class` is a dataclass with a field `train: TrainConfig`. `--print_config` prints what would be used.
-    """
-    parser = ArgumentParser(description=config_class.__doc__)
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe, YAML")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest training state")
-    parser.add_class_arguments(config_class)
-    parsed = parser.parse_args(list(args) if args is not None else None)
-    values = parser.instantiate(parsed)
-    config = config_class(**{f.name: values[f.name] for f in fields(config_class)})  # pyright: ignore
-    config.train.resume = config.train.resume or parsed.resume  # pyright: ignore[reportAttributeAccessIssue]
-    return config
-
-
-def main(config_class: type[Config], run: Callable[[Config], object], args: Sequence[str] | None = None) -> None:
-    """A stage's command: parses, runs, and says in one sentence what was wrong with the input."""
-    config = parse(config_class, args)
-    try:
-        run(config)
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
