@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 
 from unclip.core import checkpoint
 from unclip.core.config import TrainConfig, parse
-from unclip.core.train import Batch, learning_rate, optimizer_of, rows_of, train
+from unclip.core.optimizer import learning_rate, optimizer_of
+from unclip.core.train import Batch, rows_of, train
 
 
 class Pictures(Dataset):

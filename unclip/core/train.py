@@ -22,17 +22,11 @@ from tqdm.auto import tqdm
 from unclip.core import checkpoint
 from unclip.core.config import TrainConfig
 from unclip.core.data import Draws, collate
+from unclip.core.optimizer import learning_rate, optimizer_of
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 SampleFn = Callable[[nn.Module, Batch], Tensor]
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up, constant, linear decay over the last `decay` steps."""
-    up = (step + 1) / max(1, config.warmup)
-    down = (config.steps - step) / max(1, config.decay)
-    return config.learning_rate * min(1.0, up, down)
 
 
 def rows_of(step: int, config: TrainConfig, length: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
@@ -65,26 +59,6 @@ class _Steps:
             rows = [index for _, index in rows_of(step, self.config, self.length, self.rank, self.world)]
             for first in range(0, len(rows), micro):
                 yield rows[first : first + micro]
-
-
-def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; decoupled decay on matrices only; the rate of each group is `scale` times the schedule's."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = next((s for prefix, s in config.lr_scales.items() if name.startswith(prefix)), 1.0)
-            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
-    if not groups:
-        raise ValueError("the network has no parameter to train.")
-    return torch.optim.AdamW(
-        [
-            {"params": params, "scale": scale, "weight_decay": config.weight_decay if matrix else 0.0}
-            for (scale, matrix), params in groups.items()
-        ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-    )
 
 
 class _Interrupt:
