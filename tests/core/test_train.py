@@ -163,6 +163,11 @@ def test_decay_spares_vectors_and_rates_scale_by_name():
     assert [(g["weight_decay"], g["scale"], g["params"][0].ndim) for g in groups] == [(0.1, 0.5, 2), (0.0, 1.0, 1)]
 
 
+def test_a_rate_for_parameters_that_are_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"lr_scales names layers\., .* such as layer\.weight"):
+        optimizer_of(Affine(), config_of(Path("unused"), lr_scales={"layer.b": 0.5, "layers.": 0.5}))
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -15,13 +15,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; decoupled decay on matrices only; the rate of each group is `scale` times the schedule's."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = next((s for prefix, s in config.lr_scales.items() if name.startswith(prefix)), 1.0)
-            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
-    if not groups:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
         raise ValueError("the network has no parameter to train.")
+    if unknown := [prefix for prefix in config.lr_scales if not any(name.startswith(prefix) for name in trained)]:
+        raise ValueError(
+            f"train.lr_scales names {', '.join(unknown)}, but no trained parameter's name begins so: "
+            f"take the beginning of a name such as {next(iter(trained))}."
+        )
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        scale = next((s for prefix, s in config.lr_scales.items() if name.startswith(prefix)), 1.0)
+        groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": params, "scale": scale, "weight_decay": config.weight_decay if matrix else 0.0}
