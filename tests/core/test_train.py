@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from unclip.core import checkpoint
 from unclip.core.config import TrainConfig, parse
 from unclip.core.optimizer import learning_rate, optimizer_of
-from unclip.core.train import Batch, rows_of, train
+from unclip.core.train import Batch, _order, rows_of, train
 
 
 class Pictures(Dataset):
@@ -142,6 +142,18 @@ def test_each_epoch_sees_each_sample_once():
     seen = [index for step in range(5) for _, index in rows_of(step, config, 10)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
+
+
+def test_an_epoch_is_drawn_once_and_as_ever():
+    config = config_of(Path("unused"), seed=3)
+    expected = []
+    for epoch in range(4):
+        expected += torch.randperm(10, generator=torch.Generator().manual_seed(3 * 1_000_003 + epoch)).tolist()
+    _order.cache_clear()
+    for step in range(10):
+        rows = [(i, expected[4 * step + i]) for i in range(4)]
+        assert rows_of(step, config, 10) == rows_of(step, config, 10) == rows
+    assert _order.cache_info().misses == 4
 
 
 def test_processes_share_out_the_whole_batch():

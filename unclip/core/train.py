@@ -1,6 +1,7 @@
 """The one training loop. A stage brings a network, a loss and a config; see `Contract 3` in docs/architecture.md."""
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -29,21 +30,23 @@ LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 SampleFn = Callable[[nn.Module, Batch], Tensor]
 
 
+@functools.lru_cache(maxsize=2)
+def _order(length: int, seed: int, epoch: int) -> Tensor:
+    """An epoch's permutation of 0 … length − 1. Kept, as every step of the epoch asks for it."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
 def rows_of(step: int, config: TrainConfig, length: int, rank: int = 0, world: int = 1) -> list[tuple[int, int]]:
     """(index in the whole batch, index in the dataset) of the samples that process `rank` of `world` sees in a step.
 
-    Each epoch is a permutation drawn from (seed, epoch); a batch may span two. Nothing is kept between steps, so that
-    resuming is exact.
+    Each epoch is a permutation drawn from (seed, epoch); a batch may span several. No step depends on the one before,
+    so that resuming is exact.
     """
     share = config.batch_size // world
     rows = []
-    orders: dict[int, Tensor] = {}
     for i in range(rank * share, (rank + 1) * share):
         epoch, position = divmod(step * config.batch_size + i, length)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            orders[epoch] = torch.randperm(length, generator=generator)
-        rows.append((i, int(orders[epoch][position])))
+        rows.append((i, int(_order(length, config.seed, epoch)[position])))
     return rows
 
 
