@@ -12,10 +12,10 @@ from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.config import TrainConfig, main
-from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
+from unclip.core.data import DataConfig, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, save_scheduler, train
+from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, save_scheduler, train
 
 
 @dataclass
@@ -88,8 +88,7 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 
 def run(config: DecoderConfig) -> Path:
     """Trains a decoder; returns the folder of the exported network."""
-    dataset = ShardDataset(config.data)
-    validation = ShardDataset(config.validation) if config.validation else None
+    dataset, validation = datasets_of(config.data, config.validation)
     device: Any = PartialState().device
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     torch.manual_seed(config.train.seed)

@@ -24,7 +24,7 @@ from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pict
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.files import whole_folder
 from unclip.core.sampling import guided, make_sampler
-from unclip.core.train import Batch, LossFn, save_scheduler, train
+from unclip.core.train import Batch, LossFn, datasets_of, save_scheduler, train
 
 
 @dataclass
@@ -189,8 +189,7 @@ def estimate_variance(config: PriorConfig, clip: RememberedCLIP, dataset: ShardD
 
 def run(config: PriorConfig) -> Path:
     """Trains a prior, samples from it on the splits `evaluate`; returns the folder of the exported network."""
-    dataset = ShardDataset(config.data)
-    validation = ShardDataset(config.validation) if config.validation else None
+    dataset, validation = datasets_of(config.data, config.validation)
     device: Any = PartialState().device
     clip = CLIP.from_pretrained(config.clip).to(device)
     remembered = RememberedCLIP(clip, config.remember)

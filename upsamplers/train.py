@@ -9,10 +9,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from unclip.core.config import TrainConfig, main
-from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
+from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, save_scheduler, train
+from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, save_scheduler, train
 from upsamplers.degradations import bsr, downsample, gaussian_blur
 from upsamplers.upsampler import Upsampler
 
@@ -89,8 +89,7 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
 
 def run(config: UpsamplerConfig) -> Path:
     """Trains an upsampler; returns the folder of the exported network."""
-    dataset = ShardDataset(config.data)
-    validation = ShardDataset(config.validation) if config.validation else None
+    dataset, validation = datasets_of(config.data, config.validation)
     torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)
     factor = model.config["factor"]

@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from unclip.core import checkpoint
 from unclip.core.config import TrainConfig, parse
+from unclip.core.data import DataConfig
 from unclip.core.optimizer import learning_rate, optimizer_of
-from unclip.core.train import Batch, _order, rows_of, train
+from unclip.core.train import Batch, _order, datasets_of, rows_of, train
 
 
 class Pictures(Dataset):
@@ -178,6 +179,14 @@ def test_decay_spares_vectors_and_rates_scale_by_name():
 def test_a_rate_for_parameters_that_are_not_there_is_refused():
     with pytest.raises(ValueError, match=r"lr_scales names layers\., .* such as layer\.weight"):
         optimizer_of(Affine(), config_of(Path("unused"), lr_scales={"layer.b": 0.5, "layers.": 0.5}))
+
+
+def test_a_background_of_validation_alone_is_refused(tiny_corpus):
+    data = DataConfig(str(tiny_corpus), background=0.2)
+    for background in (0.0, 0.2):
+        assert datasets_of(data, replace(data, background=background))[1] is not None
+    with pytest.raises(ValueError, match=r"validation.background is 0.5, .* data.background says, 0.2"):
+        datasets_of(data, replace(data, background=0.5))
 
 
 @pytest.mark.parametrize(

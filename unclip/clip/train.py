@@ -20,7 +20,7 @@ from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.train import Batch, LossFn, train
+from unclip.core.train import Batch, LossFn, datasets_of, train
 
 Same = Literal["none", "caption", "concept"]
 
@@ -113,8 +113,7 @@ def texts_of(dataset: ShardDataset) -> list[str]:
 
 def run(config: CLIPConfig) -> Path:
     """Trains a CLIP, evaluates it; returns the folder of the exported model (`clip/`, `tokenizer/`)."""
-    dataset = ShardDataset(config.data)
-    validation = ShardDataset(config.validation) if config.validation else None
+    dataset, validation = datasets_of(config.data, config.validation)
     splits = {
         split: ShardDataset(DataConfig(config.data.path, split, config.data.groups, None, config.data.styles))
         for split in config.evaluate

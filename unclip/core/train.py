@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from unclip.core import checkpoint
 from unclip.core.config import TrainConfig
-from unclip.core.data import Draws, collate
+from unclip.core.data import DataConfig, Draws, ShardDataset, collate
 from unclip.core.optimizer import learning_rate, optimizer_of
 
 Batch = dict[str, Any]
@@ -123,6 +123,16 @@ def save_scheduler(config: TrainConfig, scheduler: Any) -> None:
     _check_free(config)
     if PartialState().is_main_process:
         scheduler.save_pretrained(Path(config.out) / "scheduler")
+
+
+def datasets_of(data: DataConfig, validation: DataConfig | None) -> tuple[ShardDataset, ShardDataset | None]:
+    """The training set and the validation set of a stage's config; what ShardDataset raises, and ValueError."""
+    if validation is not None and validation.background not in (0, data.background):
+        raise ValueError(
+            f"validation.background is {validation.background}, but losses draw backgrounds as often as "
+            f"data.background says, {data.background}: leave it out."
+        )
+    return ShardDataset(data), ShardDataset(validation) if validation else None
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
