@@ -188,6 +188,12 @@ def test_a_slower_text_tower_moves_less(corpus: Path, tmp_path: Path):
         assert torch.equal(parameter, before[name]) == name.startswith("model.text_model."), name
 
 
+def test_micro_batches_are_refused(corpus: Path, tmp_path: Path):
+    settings = TrainConfig(str(tmp_path), 1, 4, accumulation=2, precision="no", tracker="none")
+    with pytest.raises(ValueError, match=r"accumulation is 2, but CLIP's negatives"):
+        run(CLIPConfig(TINY, settings, DataConfig(str(corpus))))
+
+
 def test_labels_must_hold_every_concept(corpus: Path):
     clip = CLIP.build(TINY, ["red"])
     with pytest.raises(ValueError, match="7 concepts"):

@@ -113,6 +113,11 @@ def texts_of(dataset: ShardDataset) -> list[str]:
 
 def run(config: CLIPConfig) -> Path:
     """Trains a CLIP, evaluates it; returns the folder of the exported model (`clip/`, `tokenizer/`)."""
+    if config.train.accumulation > 1:
+        raise ValueError(
+            f"train.accumulation is {config.train.accumulation}, but CLIP's negatives are the other samples of a "
+            "micro-batch: leave it out, and take a smaller train.batch_size or more processes."
+        )
     dataset, validation = datasets_of(config.data, config.validation)
     splits = {
         split: ShardDataset(DataConfig(config.data.path, split, config.data.groups, None, config.data.styles))
