@@ -61,8 +61,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+def losses(out: Path, name: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 def test_resuming_gives_the_uninterrupted_run(tmp_path):
@@ -90,8 +91,27 @@ def test_accumulation_changes_nothing(tmp_path):
         assert torch.allclose(tensor, weights(twice)[name], atol=1e-6)
 
 
-def test_two_processes_equal_one(tmp_path):
-    one = train(config_of(tmp_path / "one"), Affine(), loss_fn, Pictures())
+def train_stages(out: Path, corpus: Path, clip: Path) -> None:
+    """The toy network; a decoder and a CLIP, by their own commands' functions, validated at the end."""
+    from decoder.train import DecoderConfig
+    from decoder.train import run as train_decoder
+    from unclip.clip.train import CLIPArguments, CLIPConfig
+    from unclip.clip.train import run as train_clip
+
+    train(config_of(out / "toy"), Affine(), loss_fn, Pictures())
+    data, some = DataConfig(str(corpus)), DataConfig(str(corpus), limit=6)
+    context = {"z_i_width": 12, "z_i_tokens": 2, "text_width": 16, "context_width": 16, "learned_variance": False}
+    attention = {"sample_size": 32, "patch_size": 4, "attention_resolutions": (4,), "head_channels": 8}
+    unet = {"model_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, **attention, **context}
+    train_decoder(DecoderConfig(unet, config_of(out / "decoder", steps=2), data, str(clip), validation=some))
+    image = {"image_size": 32, "patch_size": 16, "image_width": 16, "image_depth": 1, "image_heads": 2}
+    text = {"text_width": 16, "text_depth": 1, "text_heads": 2, "vocab_size": 259, "context_length": 24}
+    towers = CLIPArguments(dim=12, **image, **text)
+    train_clip(CLIPConfig(towers, config_of(out / "clip", steps=2), data, validation=some, shift=0.1))
+
+
+def test_two_processes_equal_one(tmp_path, tiny_corpus, tiny_clip):
+    train_stages(tmp_path / "one", tiny_corpus, tiny_clip)
     launch = [
         sys.executable,
         "-m",
@@ -104,12 +124,18 @@ def test_two_processes_equal_one(tmp_path):
     ]
     ports = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, *ports, __file__, str(tmp_path / "two")]
+    command = [*launch, *ports, __file__, str(tmp_path / "two"), str(tiny_corpus), str(tiny_clip)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
-    for name, tensor in weights(one).items():
-        assert torch.allclose(tensor, weights(tmp_path / "two" / "model")[name], atol=1e-6)
+    one, two = tmp_path / "one", tmp_path / "two"
+    for stage in ("toy", "decoder", "clip"):
+        assert losses(one / stage) == pytest.approx(losses(two / stage), rel=1e-5), stage
+    for stage in ("decoder", "clip"):
+        expected = losses(one / stage, "validation/loss")
+        assert len(expected) == 1
+        assert expected == pytest.approx(losses(two / stage, "validation/loss"), rel=1e-4), stage
+    for name, tensor in weights(one / "toy" / "model").items():
+        assert torch.allclose(tensor, weights(two / "toy" / "model")[name], atol=1e-6)
 
 
 def test_exports_the_averaged_weights(tmp_path):
@@ -238,4 +264,4 @@ def test_config_from_file_with_overrides(tmp_path):
 
 
 if __name__ == "__main__":
-    train(config_of(Path(sys.argv[1])), Affine(), loss_fn, Pictures())
+    train_stages(*map(Path, sys.argv[1:]))

@@ -41,18 +41,20 @@ class CLIPConfig:
     flip: float = 0.0  # and are mirrored with this probability
 
 
-def contrastive_loss(z_i: Tensor, z_t: Tensor, logit_scale: Tensor, keys: Tensor | None = None) -> Tensor:
+def contrastive_loss(
+    z_i: Tensor, z_t: Tensor, logit_scale: Tensor, keys: Tensor | None = None, gather: bool = True
+) -> Tensor:
     """Symmetric cross-entropy over the pairs of all processes (CLIP, fig. 3), ().
 
     z_i, z_t: unit norm (b, d), row by row pairs; logit_scale: () factor of the cosines. keys: integers (b,); a pair of
     different samples with equal keys (the same concept, say) is left out of both softmaxes: it is no negative.
     Other processes' embeddings are gathered with gradient, so that the mean of the processes' gradients, which is
-    what DDP takes, is that of one process with the whole batch.
+    what DDP takes, is that of one process with the whole batch. gather false: the pairs of this process alone.
     """
     if z_i.shape != z_t.shape or z_i.ndim != 2:
         raise ValueError(f"z_i is {tuple(z_i.shape)} and z_t {tuple(z_t.shape)}, expected one shape (b, d).")
     all_i, all_t, all_keys, first = z_i, z_t, keys, 0
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if gather and dist.is_initialized() and dist.get_world_size() > 1:
         all_i, all_t = torch.cat(all_gather(z_i.contiguous())), torch.cat(all_gather(z_t.contiguous()))
         all_keys = None if keys is None else torch.cat(all_gather(keys))
         first = dist.get_rank() * len(z_i)
@@ -96,7 +98,9 @@ def clip_loss(config: CLIPConfig, clip: CLIP) -> LossFn:
         ids, mask = clip.tokenize(captions)
         z_i, z_t, scale = model(x, ids, mask)
         texts = {"none": None, "caption": captions, "concept": batch["concept"]}[config.same]
-        loss = contrastive_loss(z_i, z_t, scale, None if texts is None else keys_of(texts, z_i.device))
+        keys = None if texts is None else keys_of(texts, z_i.device)
+        # every process validates the same whole batch: gathered, each pair would be in it once a process
+        loss = contrastive_loss(z_i, z_t, scale, keys, gather=model.training)
         with torch.no_grad():
             accuracy = ((z_i @ z_t.T).argmax(1) == torch.arange(len(z_i), device=z_i.device)).float().mean()
         return loss, {"accuracy": accuracy, "logit_scale": scale.detach()}
