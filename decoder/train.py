@@ -94,7 +94,7 @@ def run(config: DecoderConfig) -> Path:
     torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
-    save_scheduler(config.train, scheduler)
+    save_scheduler(config.train, model, scheduler)
     loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device))
     return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
 

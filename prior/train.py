@@ -24,7 +24,7 @@ from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pict
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.files import whole_folder
 from unclip.core.sampling import guided, make_sampler
-from unclip.core.train import Batch, LossFn, datasets_of, save_scheduler, train
+from unclip.core.train import Batch, LossFn, check, datasets_of, save_scheduler, train
 
 
 @dataclass
@@ -197,15 +197,16 @@ def run(config: PriorConfig) -> Path:
         return estimate_variance(config, remembered, dataset)
     torch.manual_seed(config.train.seed)
     scheduler = None
+    check(config.train)  # before all pictures are embedded
     if config.kind == "ar":
         model, loss_fn = make_autoregressive_prior(config, remembered, dataset), autoregressive_loss(config, remembered)
     else:
         model = make_prior(config, clip)
+        scheduler = make_scheduler(config.schedule, "sample", clip_sample=False)
+        save_scheduler(config.train, model, scheduler)
         if not config.train.resume:
             mean, std = embedding_statistics(remembered, dataset, config)
             model.set_statistics(mean.cpu(), std.cpu())
-        scheduler = make_scheduler(config.schedule, "sample", clip_sample=False)
-        save_scheduler(config.train, scheduler)
         loss_fn = prior_loss(config, remembered, Diffusion.from_scheduler(scheduler).to(device))
     folder = train(config.train, model, loss_fn, dataset, validation)
     if config.evaluate and PartialState().is_main_process:

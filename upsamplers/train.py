@@ -94,7 +94,7 @@ def run(config: UpsamplerConfig) -> Path:
     model = Upsampler(**config.model)
     factor = model.config["factor"]
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
-    save_scheduler(config.train, scheduler)
+    save_scheduler(config.train, model, scheduler)
     device: Any = PartialState().device
     loss_fn = upsampler_loss(config, factor, Diffusion.from_scheduler(scheduler).to(device))
     return train(config.train, model, loss_fn, dataset, validation, upsampler_samples(config, factor, scheduler))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -192,6 +193,19 @@ def test_micro_batches_are_refused(corpus: Path, tmp_path: Path):
     settings = TrainConfig(str(tmp_path), 1, 4, accumulation=2, precision="no", tracker="none")
     with pytest.raises(ValueError, match=r"accumulation is 2, but CLIP's negatives"):
         run(CLIPConfig(TINY, settings, DataConfig(str(corpus))))
+
+
+def test_a_run_goes_on_only_with_its_words_and_heads(corpus: Path, tmp_path: Path):
+    """Neither shows in the shape of a weight."""
+    settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
+    run(CLIPConfig(TINY, settings, DataConfig(str(corpus))))
+    settings = replace(settings, steps=2, resume=True)
+    with pytest.raises(ValueError, match="vision tower of 2 heads, the config says 4"):
+        run(CLIPConfig(replace(TINY, image_heads=4), settings, DataConfig(str(corpus))))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        run(CLIPConfig(TINY, settings, DataConfig(str(corpus), limit=5)))
+    run(CLIPConfig(TINY, settings, DataConfig(str(corpus))))
+    assert (tmp_path / "out" / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_labels_must_hold_every_concept(corpus: Path):

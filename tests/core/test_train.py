@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,8 +238,12 @@ def test_refuses_to_write_over_an_earlier_run(tmp_path):
 def test_refuses_the_state_of_another_network(tmp_path):
     config = config_of(tmp_path)
     train(config, Affine(), loss_fn, Pictures())
+    resumed = replace(config, resume=True, steps=8)
+    with pytest.raises(ValueError, match="width is 48, the config says 12"):
+        train(resumed, Affine(width=12), loss_fn, Pictures())
+    shutil.rmtree(tmp_path / "model")  # as where a run was killed before it wrote one
     with pytest.raises(ValueError, match="does not fit this network"):
-        train(replace(config, resume=True, steps=8), Affine(width=12), loss_fn, Pictures())
+        train(resumed, Affine(width=12), loss_fn, Pictures())
 
 
 def test_config_from_file_with_overrides(tmp_path):

@@ -219,6 +219,23 @@ def test_an_earlier_run_is_left_as_it_is(tiny_corpus: Path, tiny_clip: Path, tmp
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_run_goes_on_only_as_it_began(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path):
+    run(config_of(tiny_corpus, tmp_path, tiny_clip))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    more = {"steps": 2, "resume": True}
+    for changes, sentence in (
+        ({"prediction": "sample"}, "prediction_type is 'epsilon', the config says 'sample'"),
+        ({"schedule": "linear"}, "beta_schedule is 'squaredcos_cap_v2', the config says 'linear'"),
+        ({"model": {"learned_variance": True}}, "learned_variance is False, the config says True"),
+        ({"model": {"head_channels": 16}}, "head_channels is 8, the config says 16"),  # no weight's shape shows it
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(config_of(tiny_corpus, tmp_path, tiny_clip, train=more, **changes))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    run(config_of(tiny_corpus, tmp_path, tiny_clip, train=more, model={"dropout": 0.1}))
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
 def test_the_command_says_in_one_line_what_was_wrong(tiny_corpus: Path, tmp_path: Path):
     recipe = tmp_path / "decoder.yaml"
     train = "{out: o, steps: 1, batch_size: 1}"

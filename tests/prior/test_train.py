@@ -180,6 +180,16 @@ def learns_its_variance(config: PriorConfig, prior: DiffusionPrior, clip: CLIP) 
         run(replace(config, train=replace(config.train, out=config.train.out + "-elsewhere")))
 
 
+def test_an_earlier_run_is_refused_before_any_work(corpus: Path, clip: CLIP, tmp_path: Path, monkeypatch):
+    clip.save_pretrained(tmp_path / "clip")
+    config = config_of(corpus, tmp_path / "out", str(tmp_path / "clip"))
+    run(config)
+    monkeypatch.setattr("prior.train.training_embeddings", lambda *_: pytest.fail("embedded all pictures first"))
+    for kind in ("diffusion", "ar"):
+        with pytest.raises(ValueError, match="earlier run"):
+            run(replace(config, kind=kind))
+
+
 def test_a_size_that_contradicts_the_clip_is_named(corpus: Path, clip: CLIP, tmp_path: Path):
     config = config_of(corpus, tmp_path)
     config.model["text_width"] = 31

@@ -115,6 +115,25 @@ def texts_of(dataset: ShardDataset) -> list[str]:
     return [*dict.fromkeys(texts), *colours]
 
 
+def check_resumed(clip: CLIP, folder: Path) -> None:
+    """Raises ValueError where the CLIP in `folder` differs in what no weight's shape shows: words, heads."""
+    if not (folder / "clip").is_dir():
+        return
+    stored = CLIP.from_pretrained(folder)
+    if stored.tokenizer.get_vocab() != clip.tokenizer.get_vocab():
+        raise ValueError(
+            f"{folder} has another vocabulary than this corpus and model.vocab_size make: resume with the data that "
+            "the run began with, or choose another train.out."
+        )
+    for tower in ("text", "vision"):
+        there, here = (getattr(of.model.config, f"{tower}_config").num_attention_heads for of in (stored, clip))
+        if there != here:
+            raise ValueError(
+                f"{folder} has a {tower} tower of {there} heads, the config says {here}: resume with the config that "
+                "the run began with, or choose another train.out."
+            )
+
+
 def run(config: CLIPConfig) -> Path:
     """Trains a CLIP, evaluates it; returns the folder of the exported model (`clip/`, `tokenizer/`)."""
     if config.train.accumulation > 1:
@@ -129,6 +148,8 @@ def run(config: CLIPConfig) -> Path:
     }
     torch.manual_seed(config.train.seed)
     clip = CLIP.build(config.model, texts_of(dataset))
+    if config.train.resume:
+        check_resumed(clip, Path(config.train.out) / "model")
     if str(PartialState().device) == "cpu":  # where plain products train two to six times as fast as the fused kernel
         for module in clip.modules():  # set_attn_implementation does not reach the towers inside a dual encoder
             if isinstance(config_of := getattr(module, "config", None), PretrainedConfig):

@@ -4,9 +4,11 @@ Everything is written under a name that ends in `.partial` and then renamed, so 
 a whole thing, always.
 """
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +21,10 @@ from unclip.core.files import replace_folder, whole_folder
 EMA_FILE = "ema.safetensors"
 
 
-def export(model: nn.Module, folder: Path) -> None:
-    """Writes a network's own folder (its `save_pretrained`) to `folder`, whole or not at all."""
+def export(model: Any, folder: Path) -> None:
+    """Writes a network's or scheduler's own folder (its `save_pretrained`) to `folder`, whole or not at all."""
     with whole_folder(folder) as partial:
-        model.save_pretrained(partial)  # pyright: ignore[reportCallIssue]  # diffusers' and transformers' models have it
+        model.save_pretrained(partial)
 
 
 def named_ema(model: nn.Module, ema: EMAModel) -> dict[str, torch.Tensor]:
@@ -34,6 +36,30 @@ def named_ema(model: nn.Module, ema: EMAModel) -> dict[str, torch.Tensor]:
 def states(out: Path) -> list[Path]:
     """The whole training states under `out`, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+
+
+def newest(out: Path) -> Path:
+    """The newest whole training state under `out`. Raises FileNotFoundError where there is none."""
+    found = states(out)
+    if not found:
+        raise FileNotFoundError(f"no training state under {out / 'checkpoints'}: start without --resume.")
+    return found[-1]
+
+
+def check_same(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError where the JSON in `file` gives one of `names` another value than `config`.
+
+    Names that one of the two lacks are passed over, and so is a file that is not there.
+    """
+    if not file.is_file():
+        return
+    stored, ours = json.loads(file.read_text()), json.loads(json.dumps(dict(config)))  # where tuples are lists
+    for name in names:
+        if name in stored and name in ours and stored[name] != ours[name]:
+            raise ValueError(
+                f"{file} says {name} is {stored[name]!r}, the config says {ours[name]!r}: resume with the config that "
+                "the run began with, or choose another train.out."
+            )
 
 
 def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: int, out: Path, keep: int) -> None:
@@ -60,10 +86,7 @@ def load_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, out: P
 
     Raises FileNotFoundError where there is none, ValueError where it belongs to another network.
     """
-    found = states(out)
-    if not found:
-        raise FileNotFoundError(f"no training state under {out / 'checkpoints'}: start without --resume.")
-    path = found[-1]
+    path = newest(out)
     try:
         accelerator.load_state(str(path))
         shadow: Mapping[str, torch.Tensor] = load_file(path / EMA_FILE)

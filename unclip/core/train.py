@@ -29,6 +29,9 @@ Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
 SampleFn = Callable[[nn.Module, Batch], Tensor]
 
+# What of a scheduler a network is trained with; the rest is for sampling
+TRAINED_WITH = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "variance_type")
+
 
 @functools.lru_cache(maxsize=2)
 def _order(length: int, seed: int, epoch: int) -> Tensor:
@@ -97,7 +100,12 @@ class _Interrupt:
         return bool(asked.item())
 
 
-def _check(config: TrainConfig, length: int, world: int) -> None:
+def check(config: TrainConfig, model: nn.Module | None = None) -> None:
+    """Refuses, before any work and before anything is written, what cannot run; model: None where none is made yet.
+
+    Raises FileNotFoundError where there is nothing to resume, else ValueError.
+    """
+    world, out = PartialState().num_processes, Path(config.out)
     if config.steps < 1 or config.batch_size < 1 or config.accumulation < 1:
         raise ValueError(
             f"steps {config.steps}, batch_size {config.batch_size} and accumulation {config.accumulation} "
@@ -108,21 +116,27 @@ def _check(config: TrainConfig, length: int, world: int) -> None:
             f"batch_size {config.batch_size} cannot be split over {world} processes with {config.accumulation} "
             f"micro-batches each: make it a multiple of {world * config.accumulation}."
         )
-    _check_free(config)
-    if length == 0:
-        raise ValueError("the training set is empty: look at `data.split` and what narrows it.")
-
-
-def _check_free(config: TrainConfig) -> None:
-    if not config.resume and checkpoint.states(Path(config.out)):
+    if config.resume:
+        checkpoint.newest(out)
+        network: Any = getattr(model, "config", {})
+        checkpoint.check_same(out / "model" / "config.json", network, sorted({*network} - {"dropout"}))
+    elif checkpoint.states(out):
         raise ValueError(f"{config.out} holds the states of an earlier run: add --resume, or choose another train.out.")
 
 
-def save_scheduler(config: TrainConfig, scheduler: Any) -> None:
-    """Writes a diffusers scheduler to `OUT/scheduler/`; ValueError where an earlier run's would be overwritten."""
-    _check_free(config)
+def save_scheduler(config: TrainConfig, model: nn.Module, scheduler: Any) -> None:
+    """Checks the config, then writes a diffusers scheduler to `OUT/scheduler/`.
+
+    Raises what `check` raises, and ValueError where a run is resumed that was trained with another noise schedule,
+    prediction type or kind of variance.
+    """
+    check(config, model)
+    folder = Path(config.out) / "scheduler"
+    if config.resume:
+        checkpoint.check_same(folder / "scheduler_config.json", scheduler.config, TRAINED_WITH)
+    PartialState().wait_for_everyone()
     if PartialState().is_main_process:
-        scheduler.save_pretrained(Path(config.out) / "scheduler")
+        checkpoint.export(scheduler, folder)
 
 
 def datasets_of(data: DataConfig, validation: DataConfig | None) -> tuple[ShardDataset, ShardDataset | None]:
@@ -184,7 +198,9 @@ class _Run:
         tracker = None if config.tracker == "none" else config.tracker
         self.accelerator = Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=config.out)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        _check(config, self.length, self.world)
+        check(config, model)
+        if self.length == 0:
+            raise ValueError("the training set is empty: look at `data.split` and what narrows it.")
         self.out.mkdir(parents=True, exist_ok=True)
         if tracker:
             self.accelerator.init_trackers("logs", config={k: str(v) for k, v in asdict(config).items()})
