@@ -242,8 +242,46 @@ def test_refuses_the_state_of_another_network(tmp_path):
     with pytest.raises(ValueError, match="width is 48, the config says 12"):
         train(resumed, Affine(width=12), loss_fn, Pictures())
     shutil.rmtree(tmp_path / "model")  # as where a run was killed before it wrote one
-    with pytest.raises(ValueError, match="does not fit this network"):
+    with pytest.raises(ValueError, match=r"does not fit this network \(layer.bias is \(48,\) there and \(12,\) here"):
         train(resumed, Affine(width=12), loss_fn, Pictures())
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "model.safetensors", "optimizer.bin"])
+def test_a_truncated_state_is_one_sentence_that_helps(tmp_path, file):
+    config = config_of(tmp_path, save_every=2)
+    whole = weights(train(config, Affine(), loss_fn, Pictures()))
+    newest = checkpoint.states(tmp_path)[-1]
+    os.truncate(newest / file, (newest / file).stat().st_size // 2)
+    config = replace(config, resume=True)
+    with pytest.raises(ValueError, match="remove it and --resume goes on from step-00000004") as caught:
+        train(config, Affine(), loss_fn, Pictures())
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(newest)
+    for name, tensor in weights(train(config, Affine(), loss_fn, Pictures())).items():
+        assert torch.equal(tensor, whole[name])
+
+
+def test_what_a_killed_run_leaves_is_no_state_and_goes(tmp_path):
+    config = config_of(tmp_path)
+    train(config, Affine(), loss_fn, Pictures())
+    (whole,) = checkpoint.states(tmp_path)
+    for name in ("step-00000006.old", "step-00000009.partial", "step-00000009.old"):
+        shutil.copytree(whole, whole.with_name(name))
+    assert checkpoint.states(tmp_path) == [whole]
+    train(replace(config, resume=True, steps=8), Affine(), loss_fn, Pictures())
+    assert sorted(path.name for path in whole.parent.iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_resuming_a_finished_run_exports_its_network(tmp_path):
+    """A run killed between the two parts of saving leaves a network older than its state."""
+    config = config_of(tmp_path, ema=0.5)
+    folder = train(config, Affine(), loss_fn, Pictures())
+    expected = weights(folder)
+    Affine().save_pretrained(folder)
+    train(replace(config, resume=True), Affine(), loss_fn, Pictures())
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, weights(folder)[name])
+    assert len(losses(tmp_path)) == 6
 
 
 def test_config_from_file_with_overrides(tmp_path):

@@ -4,15 +4,19 @@ Everything is written under a name that ends in `.partial` and then renamed, so 
 a whole thing, always.
 """
 
+import contextlib
 import json
+import pickle
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -35,7 +39,7 @@ def named_ema(model: nn.Module, ema: EMAModel) -> dict[str, torch.Tensor]:
 
 def states(out: Path) -> list[Path]:
     """The whole training states under `out`, oldest first."""
-    return sorted(path for path in (out / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in (out / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
 def newest(out: Path) -> Path:
@@ -63,7 +67,7 @@ def check_same(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> N
 
 
 def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: int, out: Path, keep: int) -> None:
-    """Writes the training state after `step` steps and removes all but the newest `keep`."""
+    """Writes the training state after `step` steps and removes all but the newest `keep`, half-written ones too."""
     final = out / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
     if accelerator.is_main_process:
@@ -72,29 +76,55 @@ def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: 
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
-        shadow = {name: tensor.contiguous() for name, tensor in named_ema(model, ema).items()}
-        save_file(shadow, partial / EMA_FILE, metadata={"optimization_step": str(ema.optimization_step)})
+        save_file({name: tensor.contiguous() for name, tensor in named_ema(model, ema).items()}, partial / EMA_FILE)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_folder(partial, final)
-        for path in states(out)[:-keep]:
-            shutil.rmtree(path)
+        kept = states(out)[-keep:]
+        for path in final.parent.glob("step-*"):
+            if path not in kept:
+                shutil.rmtree(path)
 
 
 def load_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, out: Path) -> int:
     """Loads the newest whole training state under `out`; returns the number of steps it has behind it.
 
-    Raises FileNotFoundError where there is none, ValueError where it belongs to another network.
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or belongs to another network.
     """
     path = newest(out)
-    try:
+    with _reading(path):
+        shadow = load_file(path / EMA_FILE)
+    _check_fits(path, shadow, named_ema(model, ema))
+    with _reading(path):
         accelerator.load_state(str(path))
-        shadow: Mapping[str, torch.Tensor] = load_file(path / EMA_FILE)
-        for name, tensor in named_ema(model, ema).items():
-            tensor.copy_(shadow[name])
-    except (KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} does not fit this network ({reason}): use the config it was trained with.") from error
+    for name, tensor in named_ema(model, ema).items():
+        tensor.copy_(shadow[name])
     step = int(path.name.removeprefix("step-"))
     ema.optimization_step = step
     return step
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says in one sentence why the state `path` could not be loaded."""
+    try:
+        yield
+    except ValueError as error:  # torch, of an optimiser with other groups of parameters
+        raise ValueError(
+            f"{path} does not fit this optimiser ({error}): use the train.lr_scales it was trained with."
+        ) from error
+    except (RuntimeError, SafetensorError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        before = [state.name for state in states(path.parents[1]) if state.name < path.name]
+        advice = f"--resume goes on from {before[-1]}" if before else "start without --resume"
+        raise ValueError(f"{path} cannot be loaded ({reason}): if it is damaged, remove it and {advice}.") from error
+
+
+def _check_fits(path: Path, stored: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted({*stored, *ours}):
+        there, here = (str(tuple(weights[name].shape)) if name in weights else "not" for weights in (stored, ours))
+        if there != here:
+            raise ValueError(
+                f"{path} does not fit this network ({name} is {there} there and {here} here): use the config it was "
+                "trained with."
+            )

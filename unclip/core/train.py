@@ -212,7 +212,10 @@ class _Run:
             self.model.compile()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer_of(self.model, config))
         self.ema = EMAModel(self.model.parameters(), decay=config.ema, foreach=True)
-        self.start = checkpoint.load_state(self.accelerator, self.model, self.ema, self.out) if config.resume else 0
+        self.start = 0
+        if config.resume:
+            self.start = checkpoint.load_state(self.accelerator, self.model, self.ema, self.out)
+            self.export()  # a run killed between the two parts of `save` left an older one
         self.bar = tqdm(
             total=config.steps,
             initial=self.start,
@@ -299,13 +302,17 @@ class _Run:
         self.since = time.perf_counter()
 
     def save(self, done: int) -> None:
-        """A state to resume from, and the network with its averaged weights as `OUT/model`."""
+        """A state to resume from, and the network."""
         checkpoint.save_state(self.accelerator, self.model, self.ema, done, self.out, self.config.keep)
+        self.export()
+        self.since = time.perf_counter()
+
+    def export(self) -> None:
+        """The network with its averaged weights as `OUT/model`."""
         if self.accelerator.is_main_process:
             with averaged(self.model, self.ema):
                 checkpoint.export(self.model, self.out / "model")
         self.accelerator.wait_for_everyone()
-        self.since = time.perf_counter()
 
 
 def train(
