@@ -219,6 +219,7 @@ def test_a_background_of_validation_alone_is_refused(tiny_corpus):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"gradient_checkpointing": True}, "Affine has no gradient checkpointing"),
         ({"batch_size": 5, "accumulation": 2}, "batch_size 5 cannot be split"),
         ({"steps": 0}, "steps 0"),
         ({"resume": True}, "no training state under"),

@@ -90,20 +90,39 @@ def perturb(network: nn.Module) -> None:
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+def train_stage(stage: str, out: Path, corpus: Path, clip: Path, **more) -> tuple[nn.Module, list[float]]:
+    """The network after three steps, and their losses."""
+    settings = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "warmup": 2, "precision": "no", "log_every": 1}
+    config = TrainConfig(str(out), **settings, tracker="none", **more)
+    data = DataConfig(str(corpus))
+    torch.manual_seed(0)
+    network, loss_fn = STAGES[stage](config, data, CLIP.from_pretrained(clip))
+    perturb(network)
+    train(config, network, loss_fn, ShardDataset(data))
+    return network, [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_are_the_stored_ones(stage: str, tiny_corpus: Path, tiny_clip: Path, tmp_path: Path, request):
-    settings = TrainConfig(
-        str(tmp_path), steps=3, batch_size=4, learning_rate=1e-2, warmup=2, precision="no", tracker="none", log_every=1
-    )
-    data = DataConfig(str(tiny_corpus))
-    torch.manual_seed(0)
-    network, loss_fn = STAGES[stage](settings, data, CLIP.from_pretrained(tiny_clip))
-    perturb(network)
-    train(settings, network, loss_fn, ShardDataset(data))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    _, losses = train_stage(stage, tmp_path, tiny_corpus, tiny_clip)
     golden = FOLDER / f"{stage}.json"
     if request.config.getoption("update_goldens"):
         golden.write_text(json.dumps({"losses": losses, "torch": torch.__version__.split("+")[0]}, indent=1) + "\n")
     stored = json.loads(golden.read_text())
     # Instruction sets and numbers of threads change the last bits of sums, which is TOLERANCE at most.
     assert losses == pytest.approx(stored["losses"], rel=5e-5), f"stored with torch {stored['torch']}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_checkpointing_changes_no_weight(stage: str, tiny_corpus: Path, tiny_clip: Path, tmp_path: Path):
+    """Three steps of AdamW end at the same bits only where every gradient has the same."""
+    if stage not in ("decoder", "upsampler"):
+        with pytest.raises(ValueError, match="has no gradient checkpointing"):
+            train_stage(stage, tmp_path, tiny_corpus, tiny_clip, gradient_checkpointing=True)
+        return
+    kept, losses = train_stage(stage, tmp_path / "kept", tiny_corpus, tiny_clip)
+    again, same = train_stage(stage, tmp_path / "again", tiny_corpus, tiny_clip, gradient_checkpointing=True)
+    assert [network.is_gradient_checkpointing for network in (kept, again)] == [False, True]  # pyright: ignore
+    assert losses == same
+    for (name, there), here in zip(kept.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(there, here), name

@@ -29,6 +29,7 @@ class TrainConfig:
     ema: float = 0.9999  # upper end: the decay after n steps is min(ema, (1 + n) / (10 + n))
     precision: Literal["no", "bf16", "fp16"] = "bf16"  # autocast over fp32 weights
     channels_last: bool = False
+    gradient_checkpointing: bool = False  # activations are computed twice instead of kept
     compile: bool = False
     seed: int = 0
     workers: int = 0

@@ -116,6 +116,11 @@ def check(config: TrainConfig, model: nn.Module | None = None) -> None:
             f"batch_size {config.batch_size} cannot be split over {world} processes with {config.accumulation} "
             f"micro-batches each: make it a multiple of {world * config.accumulation}."
         )
+    supported = model is None or getattr(model, "_supports_gradient_checkpointing", False)
+    if config.gradient_checkpointing and not supported:
+        raise ValueError(
+            f"{type(model).__name__} has no gradient checkpointing: leave train.gradient_checkpointing out."
+        )
     if config.resume:
         checkpoint.newest(out)
         network: Any = getattr(model, "config", {})
@@ -208,6 +213,8 @@ class _Run:
         self.model = model.to(self.accelerator.device)
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
         if config.compile:
             self.model.compile()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer_of(self.model, config))
