@@ -285,6 +285,45 @@ def test_resuming_a_finished_run_exports_its_network(tmp_path):
     assert len(losses(tmp_path)) == 6
 
 
+class Convolution(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.unflatten(1, (3, 4, 4))).flatten(1)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_order_in_memory_may_change_between_runs(tmp_path, first):
+    """The moments of a state have the order of the run that saved them."""
+    whole = train(config_of(tmp_path / "whole"), Convolution(), loss_fn, Pictures())
+    config = config_of(tmp_path / "parts", steps=4, channels_last=first)
+    train(config, Convolution(), loss_fn, Pictures())
+    config = replace(config, steps=6, channels_last=not first, resume=True)
+    parts = train(config, Convolution(), loss_fn, Pictures())
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    for name, tensor in weights(whole).items():
+        assert torch.allclose(tensor, weights(parts)[name], atol=1e-6)
+
+
+def test_a_resumed_run_follows_its_config(tmp_path):
+    """The optimiser's state brings the settings of the run before along."""
+    config = config_of(tmp_path)
+    train(config, Affine(), loss_fn, Pictures())
+    before = load_file(checkpoint.states(tmp_path)[-1] / "model.safetensors")
+    train(replace(config, resume=True, steps=8, lr_scales={"layer": 0.0}), Affine(), loss_fn, Pictures())
+    after = load_file(checkpoint.states(tmp_path)[-1] / "model.safetensors")
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name])
+    with pytest.raises(ValueError, match=r"does not fit this optimiser .*train.lr_scales"):
+        frozen = Affine()
+        frozen.layer.bias.requires_grad_(False)
+        train(replace(config, resume=True, steps=9), frozen, loss_fn, Pictures())
+
+
 def test_config_from_file_with_overrides(tmp_path):
     from decoder.train import DecoderConfig
 

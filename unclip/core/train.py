@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from unclip.core import checkpoint
 from unclip.core.config import TrainConfig
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate
-from unclip.core.optimizer import learning_rate, optimizer_of
+from unclip.core.optimizer import learning_rate, optimizer_of, settings_kept
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -206,22 +206,24 @@ class _Run:
         check(config, model)
         if self.length == 0:
             raise ValueError("the training set is empty: look at `data.split` and what narrows it.")
+        self.model: Any = model.to(self.accelerator.device)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        if config.compile:
+            self.model.compile()
+        optimizer = optimizer_of(self.model, config)
         self.out.mkdir(parents=True, exist_ok=True)
         if tracker:
             self.accelerator.init_trackers("logs", config={k: str(v) for k, v in asdict(config).items()})
         set_seed(config.seed, device_specific=True)  # dropout inside networks; everything else comes from Draws
-        self.model = model.to(self.accelerator.device)
-        if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if config.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
-        if config.compile:
-            self.model.compile()
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer_of(self.model, config))
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.ema = EMAModel(self.model.parameters(), decay=config.ema, foreach=True)
         self.start = 0
         if config.resume:
-            self.start = checkpoint.load_state(self.accelerator, self.model, self.ema, self.out)
+            with settings_kept(optimizer):
+                self.start = checkpoint.load_state(self.accelerator, self.model, self.ema, self.out)
             self.export()  # a run killed between the two parts of `save` left an older one
         self.bar = tqdm(
             total=config.steps,
