@@ -256,7 +256,7 @@ def test_paper_size_is_the_papers():
 
 def test_z_t_enters_the_time_embedding_in_place_of_the_last_token():
     decoder, other = randomised(z_t_width=7), randomised()
-    x_t, t, conditions = inputs()
+    _, _, conditions = inputs()
     z_t = torch.randn(3, 7, generator=torch.Generator().manual_seed(2))
     context = decoder.encode_context(**conditions, z_t=z_t)
     torch.testing.assert_close(context.time, decoder.time_z_i(3 * conditions["z_i"]) + decoder.time_z_t(z_t))
@@ -278,7 +278,7 @@ def test_z_t_enters_the_time_embedding_in_place_of_the_last_token():
 
 def test_the_norm_may_cover_the_text_alone():
     decoder = randomised(norm_context="text")
-    x_t, t, conditions = inputs()
+    _, _, conditions = inputs()
     words = decoder.encode_text(conditions["text"], conditions["text_mask"])
     tokens = decoder.context_z_i(3 * conditions["z_i"]).unflatten(1, (4, 24))
     expected = decoder.unet.project_context(torch.cat([decoder.context_norm(words), tokens], dim=1))
