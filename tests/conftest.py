@@ -1,6 +1,7 @@
 """Tiny fixtures that several folders of tests share."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,59 @@ def copy_model(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[[], Path]]
     import shutil
 
     yield lambda: Path(shutil.copytree(tiny_model, tmp_path / "copy"))
+
+
+@contextmanager
+def spied(scheduler) -> Iterator[list[torch.Tensor]]:
+    """Every x_t that a diffusers scheduler steps to, in order."""
+    states, step = [], scheduler.step
+
+    def record(*arguments, **options):
+        output = step(*arguments, **options)
+        states.append(output.prev_sample.cpu())
+        return output
+
+    scheduler.step = record
+    try:
+        yield states
+    finally:
+        del scheduler.step
+
+
+def karlo_difference(pipe, reference, steps: tuple[int, ...], seeds: list[int], ours: dict, theirs: dict) -> dict:
+    """Runs a pipeline of ours and one of diffusers' with the same generators, and compares every state of every stage.
+
+    Returns by stage the largest difference of any x_t, as a part of the largest value there; "images" are the pictures
+    themselves. ours, theirs: further arguments of the two calls.
+    """
+    stages = {"prior": "prior", "decoder": "decoder", "super_res": "upsampler_256"}
+    counts = {name: count for name, count in zip(stages, steps, strict=True) if hasattr(reference, f"{name}_scheduler")}
+    with ExitStack() as stack:
+        expected = {
+            stages[name]: stack.enter_context(spied(getattr(reference, f"{name}_scheduler"))) for name in counts
+        }
+        theirs = {**theirs, **{f"{name}_num_inference_steps": count for name, count in counts.items()}}
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = reference(**theirs, generator=generators, output_type="np").images
+    got: dict[str, list[torch.Tensor]] = {}
+    pipe.batch_size = dict.fromkeys(pipe.batch_size, len(seeds))
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    output = pipe(
+        **ours,
+        preset="karlo",
+        steps=steps,
+        generator=generators,
+        output_type="np",
+        callback=lambda progress: got.setdefault(progress.stage, []).append(progress.x_t.float().cpu()),
+    )
+    assert {stage: len(states) for stage, states in got.items()} == {s: len(states) for s, states in expected.items()}
+    pairs = {stage: (torch.stack(got[stage]), torch.stack(states)) for stage, states in expected.items()}
+    pairs["images"] = (torch.from_numpy(output.images), torch.from_numpy(images))
+    assert all(a.shape == b.shape for a, b in pairs.values())
+    return {stage: float((a - b).abs().max() / b.abs().max()) for stage, (a, b) in pairs.items()}
+
+
+@pytest.fixture(scope="session", name="karlo_difference")
+def karlo_difference_fixture() -> Callable[..., dict[str, float]]:
+    """`karlo_difference`, for tests of several folders."""
+    return karlo_difference

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.core.data import pil_from_pixels
+from unclip.core.sampling import Seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTypeName = Literal["fp32", "bf16", "fp16", "auto"]
@@ -70,30 +71,60 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def check_seeds(seed: int, num_images: int, generator: torch.Generator | None = None) -> list[int]:
-    """The seeds of a prompt's pictures. Raises TypeError or ValueError."""
+def check_request(
+    prompt: str | Sequence[str] | None, image: Any, z_i: Tensor | None, num_images: int
+) -> tuple[list[str] | None, list[Image.Image] | Tensor | None, int]:
+    """Prompts, pictures to vary, and of how many of them `num_images` are asked. Raises TypeError or ValueError."""
+    images = [image] if isinstance(image, Image.Image) else image if isinstance(image, Tensor | None) else list(image)
+    if images is not None and (z_i is not None or not len(images)):
+        raise ValueError("image came empty or together with z_i; give one picture or more, or z_i.")
+    if prompt is None and images is not None:
+        return None, images, len(images)
+    if prompt is None and z_i is not None:
+        return None, None, len(z_i) // max(1, num_images if isinstance(num_images, int) else 1)
+    prompts = check_prompts(prompt)  # pyright: ignore[reportArgumentType]  # None is refused there
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt for each, or none.")
+    return prompts, images, len(prompts)
+
+
+def check_seeds(
+    seed: int,
+    num_images: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    prompts: int = 1,
+) -> list[Seed]:
+    """The seeds of all pictures of so many prompts, or their generators. Raises TypeError or ValueError."""
     for name, value in (("num_images", num_images), ("seed", seed)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} is {value!r}; give a whole number.")
     if not 1 <= num_images <= MAX_PICTURES:
         raise ValueError(f"num_images is {num_images}; ask for 1 to {MAX_PICTURES} pictures.")
+    if isinstance(generator, Sequence):
+        if len(generator) != num_images * prompts or any(g.device.type != "cpu" for g in generator):
+            raise ValueError(
+                f"{len(generator)} generators came for {num_images * prompts} pictures; give a list with one for each, "
+                "on the CPU."
+            )
+        return list(generator)
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     if not 0 <= seed <= MAX_SEED - num_images:
         raise ValueError(f"seed is {seed}; give one from 0 to {MAX_SEED} with room for {num_images} pictures.")
-    return [seed + i for i in range(num_images)]
+    return [seed + i for i in range(num_images)] * prompts
 
 
 def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any) -> None:
-    """Raises ValueError where widths or sizes of two components disagree, naming both numbers."""
-    pairs = [
-        ("the prior's embedding width", prior.config["embedding_dim"], "CLIP's", clip.dim),
-        ("the prior's text width", prior.config["text_width"], "CLIP's", clip.text_width),
-        ("the decoder's embedding width", decoder.config["z_i_width"], "CLIP's", clip.dim),
-    ]
+    """Raises ValueError where widths or sizes of two components disagree, naming both numbers. prior: may be None."""
+    pairs = [("the decoder's embedding width", decoder.config["z_i_width"], "CLIP's", clip.dim)]
+    if prior is not None:
+        pairs.append(("the prior's embedding width", prior.config["embedding_dim"], "CLIP's", clip.dim))
+        pairs.append(("the prior's text width", prior.config["text_width"], "CLIP's", clip.text_width))
     if decoder.config["text_width"] is not None:
         pairs.append(("the decoder's text width", decoder.config["text_width"], "CLIP's", clip.text_width))
-    if clip.context_length > prior.config["context_length"]:
+    if decoder.config["z_t_width"] is not None:
+        pairs.append(("the decoder's text embedding width", decoder.config["z_t_width"], "CLIP's", clip.dim))
+    if prior is not None and clip.context_length > prior.config["context_length"]:
         raise ValueError(
             f"CLIP reads {clip.context_length} tokens but the prior {prior.config['context_length']}; "
             "join stages trained together."

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
+from unclip.convert.commands import convert
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -59,6 +60,7 @@ corpus = typer.Typer(help="Build training corpora.", no_args_is_help=True)
 evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")
 app.add_typer(evals, name="evals")
+app.add_typer(convert, name="convert")
 
 LONGEST_WARNING = 400
 

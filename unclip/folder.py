@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +34,15 @@ CLASSES: dict[str, tuple[type, ...]] = {
 SCHEDULERS = (DDPMScheduler, DDIMScheduler, UnCLIPScheduler)
 NETWORKS = tuple(CLASSES)
 CLASSES |= {f"{name}_scheduler": SCHEDULERS for name in NETWORKS if name != "clip"}
+CLASSES["upsampler_256_last"] = (Upsampler,)  # the last step's own network, under the same scheduler
 REQUIRED = ("clip", "prior", "prior_scheduler", "decoder", "decoder_scheduler")
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.md"]
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*"]
+LICENSES = {
+    "creativeml-openrail-m": (
+        "CreativeML Open RAIL-M, whose restrictions on use go along with every copy",
+        "https://huggingface.co/spaces/CompVis/stable-diffusion-license",
+    )
+}
 
 
 def find_model(name: str | Path | None) -> tuple[Path, str]:
@@ -57,9 +65,11 @@ def find_model(name: str | Path | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(str(name), allow_patterns=HUB_FILES, ignore_patterns=["*.fp16.*"]))
+        if pickled := [f"{path.parent.name}/*.bin" for path in folder.glob("*/config.json") if not has_weights(path)]:
+            folder = Path(snapshot_download(str(name), allow_patterns=pickled, ignore_patterns=["*.fp16.*"]))
     except Exception as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise FileNotFoundError(
             f"model {str(name)!r} is no folder here and could not be fetched from the hub ({reason}); "
             f"give a folder that holds {INDEX}, or try again online."
@@ -75,18 +85,57 @@ def _with_index(folder: Path) -> Path:
     return folder
 
 
+def has_weights(config: Path) -> bool:
+    """Whether safetensors lie beside a network's config.json."""
+    return any(config.parent.glob("*.safetensors"))
+
+
+def license_notice(license: str | None, folder: Path | None = None) -> str | None:
+    """The text of a model folder's licence file; where there is none, name and address of a licence known here."""
+    files = sorted(folder.glob("LICEN[SC]E*")) if folder else []
+    if files:
+        return files[0].read_text(encoding="utf-8")
+    if license not in LICENSES:
+        return None
+    title, address = LICENSES[license]
+    return f"The weights in this folder are under {title}:\n{address}\n"
+
+
+def announce(name: str, license: str | None) -> None:
+    """Says on stderr under which licence weights came, where it restricts their use."""
+    if license in LICENSES:
+        print("{}: weights under {}: {}".format(name, *LICENSES[license]), file=sys.stderr)
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """A model folder as the arguments of `UnCLIP`. Raises FileNotFoundError or ValueError."""
+    index = read_index(folder)
+    parts = {
+        part: load_component(part, value[-1] if isinstance(value, list) else value, folder, dtype)
+        for part, value in components(index).items()
+    }
+    fields = {
+        "presets": index.get("presets"),
+        "license": index.get("license"),
+        "unit_norm": index.get("unit_norm", True),
+    }
+    return {"prior": None, "prior_scheduler": None, **parts, **fields}
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """A model folder's index, checked: components of known classes, all required ones there. Raises ValueError."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({_one_line(error)}); fetch or assemble the model again.") from error
+        raise ValueError(f"{path} is not JSON ({one_line(error)}); fetch or assemble the model again.") from error
     if not isinstance(index, dict) or index.get("_class_name") != "UnCLIP":
         found = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
         raise ValueError(f"{path} describes {found!r}, expected 'UnCLIP'; give a model of this kind.")
     present = components(index)
-    if missing := [name for name in REQUIRED if name not in present]:
+    without_prior = index.get("prior") == index.get("prior_scheduler") == [None, None]
+    required = [name for name in REQUIRED if not (without_prior and name.startswith("prior"))]
+    if missing := [name for name in required if name not in present]:
         raise ValueError(f"{path} names no {missing[0]}, which every model has; assemble the model again.")
     for name, value in present.items():
         known = [cls.__name__ for cls in CLASSES[name]]
@@ -95,8 +144,9 @@ def read_index(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} says {name} is a {found!r}, expected {' or '.join(known)}; give a model of this kind."
             )
-        if name.startswith("upsampler") and not name.endswith("scheduler") and f"{name}_scheduler" not in present:
-            raise ValueError(f"{path} names {name} without {name}_scheduler; assemble the model again.")
+        partner = "upsampler_256" if name.endswith("_last") else f"{name}_scheduler"
+        if name.startswith("upsampler") and not name.endswith("scheduler") and partner not in present:
+            raise ValueError(f"{path} names {name} without {partner}; assemble the model again.")
     return index
 
 
@@ -162,7 +212,7 @@ def load_component(name: str, class_name: str, root: Path, dtype: torch.dtype, f
             component = cls.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=True)  # pyright: ignore[reportAttributeAccessIssue]
     except Exception as error:
         raise ValueError(
-            f"{folder} does not load as {class_name} ({_one_line(error)}); fetch or make it again."
+            f"{folder} does not load as {class_name} ({one_line(error)}); fetch or make it again."
         ) from error
     wanted = set((component.model if name == "clip" else component).state_dict())
     odd = sorted(wanted - stored) or (sorted(stored - wanted) if name != "clip" else [])
@@ -188,14 +238,19 @@ def write_component(name: str, component: Any, root: Path, dtype: torch.dtype | 
             path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises ValueError where `folder` exists and is no model: nothing but models is replaced."""
+    if folder.exists() and not (folder / INDEX).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is no model; give a new folder or move it away.")
+
+
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` to write a model in, which takes its name at the end, and goes where an error comes.
 
-    Raises ValueError where `folder` exists and is no model: nothing but models is replaced.
+    Raises ValueError where `folder` exists and is no model.
     """
-    if folder.exists() and not (folder / INDEX).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no model; give a new folder or move it away.")
+    check_replaceable(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -211,6 +266,6 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     return tuple((p.data_ptr(), p._version, p.dtype, str(p.device)) for p in module.parameters())
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
     return text if len(text) <= 240 else text[:239] + "…"

@@ -21,29 +21,20 @@ from unclip.arguments import (
     OutputType,
     Pictures,
     as_type,
-    cast,
     check_fit,
-    check_prompts,
+    check_request,
     check_seeds,
     choose_device,
     choose_dtype,
-    finite,
     quantised,
-    reporter,
 )
 from unclip.clip.model import CLIP, TextFeatures
-from unclip.core.data import pixels_from_pil
-from unclip.core.sampling import (
-    guided,
-    make_sampler,
-    picture_generators,
-    repeat_context,
-    resolve_timesteps,
-    sample,
-    starting_noise,
-)
-from unclip.folder import components, find_model, fingerprint, load_component, read_index, whole_folder, write_component
+from unclip.convert import karlo
+from unclip.core.data import pil_from_pixels, pixels_from_pil
+from unclip.core.sampling import Seed, make_sampler, resolve_timesteps
+from unclip.folder import announce, find_model, license_notice, load_folder, whole_folder, write_component
 from unclip.presets import StageSettings, override, read_presets, write_presets
+from unclip.stages import run_stage
 from upsamplers.upsampler import Upsampler
 
 
@@ -53,7 +44,7 @@ class UnCLIPOutput:
 
     images: pictures at the size asked for; stages: the same at every size up to it, by side; image_embeds: z_i (b, d);
     seeds: of each picture. Pictures are PIL images ("pil"), float arrays (b, h, w, 3) in [0, 1] ("np"), or float
-    tensors (b, 3, h, w) in [−1, 1] ("pt").
+    tensors (b, 3, h, w) in [−1, 1] ("pt"). In place of a generator's picture's seed stands the generator's.
     """
 
     images: Pictures
@@ -70,14 +61,17 @@ class UnCLIP(DiffusionPipeline):
     `batch_size` holds how many pictures each stage works on at once.
     """
 
-    model_cpu_offload_seq = "prior->decoder->upsampler_256->upsampler_1024"
+    model_cpu_offload_seq = "prior->decoder->upsampler_256->upsampler_256_last->upsampler_1024"
     _exclude_from_cpu_offload = ["clip"]  # noqa: RUF012
-    _optional_components = [f"upsampler_{s}{end}" for s in (256, 1024) for end in ("", "_scheduler")]  # noqa: RUF012
+    _optional_components = [  # noqa: RUF012
+        *(f"{name}{end}" for name in ("prior", "upsampler_256", "upsampler_1024") for end in ("", "_scheduler")),
+        "upsampler_256_last",
+    ]
 
     def __init__(
         self,
         clip: CLIP,
-        prior: DiffusionPrior,
+        prior: DiffusionPrior | None,
         prior_scheduler: Any,
         decoder: Decoder,
         decoder_scheduler: Any,
@@ -88,8 +82,14 @@ class UnCLIP(DiffusionPipeline):
         presets: Mapping[str, Any] | None = None,
         license: str | None = None,
         name: str = "unclip",
+        upsampler_256_last: Upsampler | None = None,
+        unit_norm: bool = True,
     ):
-        """Raises ValueError where the components' widths or sizes do not fit each other, or a preset is wrong."""
+        """upsampler_256_last makes the first upsampler's last step; without a prior, pictures are given, not prompts.
+
+        unit_norm: whether z_t and z_i have norm 1, or are as CLIP projects them. Raises ValueError where the
+        components' widths or sizes do not fit each other, or a preset is wrong.
+        """
         super().__init__()
         self.presets = read_presets(presets)
         self.register_modules(
@@ -102,13 +102,14 @@ class UnCLIP(DiffusionPipeline):
             upsampler_256_scheduler=upsampler_256_scheduler,
             upsampler_1024=upsampler_1024,
             upsampler_1024_scheduler=upsampler_1024_scheduler,
+            upsampler_256_last=upsampler_256_last,
         )
         check_fit(clip, prior, decoder, upsampler_256, upsampler_1024)
-        self.register_to_config(presets=write_presets(self.presets), license=license)
-        self.model_name = name
+        self.register_to_config(presets=write_presets(self.presets), license=license, unit_norm=unit_norm)
+        self.model_name, self.unit_norm, self.license_text = name, unit_norm, license_notice(license)
         self.batch_size = {"prior": 64, "decoder": 16, "upsampler_256": 1, "upsampler_1024": 1}
         self._null_contexts: dict[tuple[str, int], tuple[Any, Any]] = {}
-        for net in (decoder, upsampler_256, upsampler_1024):
+        for net in (decoder, upsampler_256, upsampler_256_last, upsampler_1024):
             if net is not None:
                 net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -120,22 +121,22 @@ class UnCLIP(DiffusionPipeline):
         model: str | Path | None = None,
         dtype: torch.dtype | DTypeName | None = None,
         device: torch.device | str | None = None,
+        **components: Any,
     ) -> UnCLIP:
-        """Loads a model: the embedded one (None), a folder, or a hub name.
+        """Loads a model: the embedded one (None), a folder, or a hub name; Karlo's as well (`unclip.convert.karlo`).
 
         dtype: of the weights in memory whatever they are stored in, fp32 by default; "auto" takes bf16 where it is
-        native. device: "auto" takes what there is. Raises FileNotFoundError for what is not there, ValueError for what
-        does not load.
+        native. device: "auto" takes what there is. components: of `UnCLIP`'s arguments, in place of the folder's.
+        Raises FileNotFoundError for what is not there, ValueError for what does not load.
         """
-        place = choose_device(device)
-        weights = choose_dtype(dtype, place)
+        device = choose_device(device)
+        weights = choose_dtype(dtype, device)
         folder, name = find_model(model)
-        index = read_index(folder)
-        parts = {
-            part: load_component(part, value[-1] if isinstance(value, list) else value, folder, weights)
-            for part, value in components(index).items()
-        }
-        return cls(**parts, presets=index.get("presets"), license=index.get("license"), name=name).to(place)
+        parts = karlo.load(folder, weights) if karlo.is_karlo(folder) else load_folder(folder, weights)
+        pipe = cls(**{**parts, "name": name, **components}).to(device)
+        pipe.license_text = license_notice(parts["license"], folder)
+        announce(name, parts["license"])
+        return pipe
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -154,7 +155,8 @@ class UnCLIP(DiffusionPipeline):
                 if component is not None:
                     write_component(name, component, partial, stored, max_shard_size)
             self.save_config(partial)
-            for file, text in (extra_files or {}).items():
+            license = {} if self.license_text is None else {"LICENSE": self.license_text}
+            for file, text in {**license, **(extra_files or {})}.items():
                 (partial / file).write_text(text, encoding="utf-8")
         return Path(folder)
 
@@ -192,7 +194,7 @@ class UnCLIP(DiffusionPipeline):
         settings = override(self.presets[preset], guidance_scale, prior_guidance_scale, steps)
         for stage, chosen in settings.items():
             if getattr(self, stage) is not None:
-                resolve_timesteps(self._sampler(stage, chosen), chosen.steps)
+                resolve_timesteps(self.sampler(stage, chosen), chosen.steps)
         return settings
 
     # --- the stages
@@ -200,30 +202,37 @@ class UnCLIP(DiffusionPipeline):
     @torch.no_grad()
     def encode_text(self, prompts: str | Sequence[str]) -> TextFeatures:
         """Prompts to z_t (b, d), token states (b, n, w), mask (b, n). A prompt too long is cut, with a warning."""
-        return self.clip.encode_text(prompts)
+        return self.clip.encode_text(prompts, normalize=self.unit_norm)
 
     @torch.no_grad()
     def encode_image(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
-        """z_i (b, d), float32 of unit norm, of pictures: PIL, of any sizes, or float (b, 3, h, w) in [−1, 1]."""
+        """z_i (b, d), float32 of unit norm, of pictures: PIL, of any sizes, or float (b, 3, h, w) in [−1, 1].
+
+        PIL pictures are prepared by CLIP's own processor. Of a model whose `unit_norm` is off, z_i is as projected.
+        """
         if isinstance(images, Tensor):
-            return self.clip.encode_image(images.to(self.clip.device)).float()
+            return self.clip.encode_image(images.to(self.clip.device), self.unit_norm).float()
         images = [images] if isinstance(images, Image.Image) else list(images)
         if not images:
             raise ValueError("no pictures came; give at least one.")
-        return torch.cat([self.clip.encode_image(pixels_from_pil(i).to(self.clip.device)).float() for i in images])
+        opaque = [pil_from_pixels(pixels_from_pil(image))[0] for image in images]
+        return self.clip.encode_pictures(opaque, self.unit_norm).float()
 
     @torch.no_grad()
     def sample_z_i(
         self,
         text: TextFeatures,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         settings: StageSettings | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """The prior (§2.2): of `draws` samples per row, the one with the largest z_i·z_t.
 
-        text: b rows; returns z_i (b, d), float32 of unit norm as `encode_image` gives it.
+        text: b rows; returns z_i (b, d), float32 of unit norm as `encode_image` gives it. Raises ValueError where the
+        model has no prior.
         """
+        if self.prior is None:
+            raise ValueError("this model has no prior: give image or z_i.")
         settings = settings or self.settings()["prior"]
         self._check_rows(len(text.z_t), seeds)
         candidates = []
@@ -231,20 +240,18 @@ class UnCLIP(DiffusionPipeline):
             stage = "prior" if draw == 1 else f"prior-{draw}"
             condition = {"z_t": text.z_t, "text": text.states, "text_mask": text.mask}
             shape = (self.prior.config["embedding_dim"],)
-            run = self._run(
-                "prior", condition, shape, seeds, settings, callback, None, stage, (draw - 1, settings.draws)
-            )
-            candidates.append(run)
+            part = (draw - 1, settings.draws)
+            candidates.append(run_stage(self, "prior", condition, shape, seeds, settings, callback, None, stage, part))
+        z_i = self.prior.unstandardize(torch.stack(candidates)).float()  # draws b d
         # CLIP's embeddings have unit norm, and the decoder was trained on them; a regressed mean is shorter
-        z_i = F.normalize(self.prior.unstandardize(torch.stack(candidates)).float(), dim=-1)  # draws b d
-        return best_of(z_i, text.z_t)
+        return best_of(F.normalize(z_i, dim=-1) if self.unit_norm else z_i, text.z_t)
 
     @torch.no_grad()
     def decode(
         self,
         z_i: Tensor,
         text: TextFeatures | None,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         settings: StageSettings | None = None,
         callback: Callback | None = None,
         x_T: Tensor | None = None,
@@ -256,21 +263,25 @@ class UnCLIP(DiffusionPipeline):
         settings = settings or self.settings()["decoder"]
         self._check_rows(len(z_i), seeds)
         condition: dict[str, Tensor] = {"z_i": z_i}
+        if text is None and self.decoder.config["z_t_width"] is not None:  # to it, no caption is the empty one
+            text = TextFeatures(*(part.expand(len(z_i), *part.shape[1:]) for part in self.encode_text([""])))
         if text is not None and self.decoder.config["text_width"] is not None:
             condition |= {"text": text.states, "text_mask": text.mask}
+        if text is not None and self.decoder.config["z_t_width"] is not None:
+            condition["z_t"] = text.z_t
         side = int(self.decoder.config["sample_size"])
-        return self._run("decoder", condition, (3, side, side), seeds, settings, callback, x_T).clamp(-1, 1)
+        return run_stage(self, "decoder", condition, (3, side, side), seeds, settings, callback, x_T).clamp(-1, 1)
 
     @torch.no_grad()
     def upsample(
         self,
         images: Tensor,
         size: int,
-        seeds: Sequence[int],
+        seeds: Sequence[Seed],
         settings: StageSettings | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """One upsampler: pictures (b, 3, h, w) in [−1, 1], at 8 bits as from a file, to (b, 3, size, size)."""
+        """One upsampler: pictures (b, 3, h, w) in [−1, 1] to (b, 3, size, size)."""
         name = self.networks.get(size)
         if name is None or name == "decoder":
             raise ValueError(f"no upsampler to {size} px here; this model upsamples to {self.sizes[1:]}.")
@@ -279,15 +290,15 @@ class UnCLIP(DiffusionPipeline):
             raise ValueError(f"pictures are {tuple(images.shape)}; for {size} px give (b, 3, {side}, {side}).")
         settings = settings or self.settings()[name]
         self._check_rows(len(images), seeds)
-        condition = {"low": quantised(images)}
-        return self._run(name, condition, (3, size, size), seeds, settings, callback).clamp(-1, 1)
+        condition = {"low": quantised(images) if settings.eight_bits else images}
+        return run_stage(self, name, condition, (3, size, size), seeds, settings, callback).clamp(-1, 1)
 
     # --- the call
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
         seed: int = 0,
         size: int | None = None,
@@ -298,16 +309,19 @@ class UnCLIP(DiffusionPipeline):
         output_type: OutputType = "pil",
         callback: Callback | None = None,
         z_i: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
     ) -> UnCLIPOutput:
         """Draws `num_images` pictures of each prompt; the pictures of a prompt have the seeds seed, seed + 1, …
 
         size: side in pixels, by default the largest the model has. guidance_scale is the decoder's, 1 for none. steps:
-        see `settings`. z_i (prompts · num_images, d) stands in for the prior's. generator: draws the seed instead of
-        `seed`. Raises ValueError or TypeError, before any work, for arguments out of range.
+        see `settings`. z_i (prompts · num_images, d) stands in for the prior's, or that of `image`, a picture for each
+        prompt (as `encode_image` takes them); prompts may then be left out. generator: draws the seed instead of
+        `seed`; a list, one for each picture: all noise of a picture, stage after stage, is its generator's. Raises
+        ValueError or TypeError, before any work, for arguments out of range.
         """
-        prompts = check_prompts(prompt)
-        seeds = check_seeds(seed, num_images, generator) * len(prompts)
+        prompts, given, asked = check_request(prompt, image, z_i, num_images)
+        seeds = check_seeds(seed, num_images, generator, asked)
         size = self.sizes[-1] if size is None else size
         if size not in self.sizes:
             raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
@@ -316,9 +330,18 @@ class UnCLIP(DiffusionPipeline):
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps)
         if z_i is not None and tuple(z_i.shape) != (len(seeds), self.decoder.config["z_i_width"]):
             raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({len(seeds)}, {self.decoder.config['z_i_width']}).")
+        if self.prior is None and z_i is None and given is None:
+            raise ValueError("this model has no prior: give image or z_i.")
 
-        text = TextFeatures(*(part.repeat_interleave(num_images, 0) for part in self.encode_text(prompts)))
-        z_i = self.sample_z_i(text, seeds, settings["prior"], callback) if z_i is None else z_i.to(text.z_t.device)
+        text = None
+        if prompts is not None:
+            text = TextFeatures(*(part.repeat_interleave(num_images, 0) for part in self.encode_text(prompts)))
+        if given is not None:
+            z_i = self.encode_image(given).repeat_interleave(num_images, 0)
+        if z_i is None:
+            assert text is not None  # check_request
+            z_i = self.sample_z_i(text, seeds, settings["prior"], callback)
+        z_i = z_i.to(self.clip.device)
         stages: dict[int, Tensor] = {}
         x = z_i
         for side, name in self.networks.items():
@@ -331,69 +354,14 @@ class UnCLIP(DiffusionPipeline):
             stages[side] = x.cpu()
         self.maybe_free_model_hooks()
         pictures = {side: as_type(x, output_type) for side, x in stages.items()}
-        return UnCLIPOutput(pictures[size], z_i.float().cpu(), pictures, seeds)
+        numbers = [s.initial_seed() if isinstance(s, torch.Generator) else s for s in seeds]
+        return UnCLIPOutput(pictures[size], z_i.float().cpu(), pictures, numbers)
 
-    # --- inside
-
-    def _sampler(self, stage: str, settings: StageSettings) -> Any:
+    def sampler(self, stage: str, settings: StageSettings) -> Any:
+        """The scheduler that samples a stage under these settings."""
         return make_sampler(getattr(self, f"{stage}_scheduler"), settings.solver, **settings.options)  # pyright: ignore[reportArgumentType]
 
-    def _run(
-        self,
-        name: str,
-        conditions: Mapping[str, Tensor],
-        shape: tuple[int, ...],
-        seeds: Sequence[int],
-        settings: StageSettings,
-        callback: Callback | None,
-        x_T: Tensor | None = None,
-        stage: str | None = None,
-        draw: tuple[int, int] = (0, 1),
-    ) -> Tensor:
-        """One network's sampling, `batch_size` pictures at a time: (b, *shape) in float32 on the network's device.
-
-        stage: the name its noise is drawn under; draw: which of how many runs of this stage this is, for the callback.
-        """
-        net, at_once = getattr(self, name), self.batch_size[name]
-        scheduler = self._sampler(name, settings)
-        steps = resolve_timesteps(scheduler, settings.steps)
-        device = self._place(net)
-        results, batches = [], -(-len(seeds) // at_once)
-        for batch in range(batches):
-            rows = slice(batch * at_once, (batch + 1) * at_once)
-            generators = picture_generators(seeds[rows], stage or name)
-            drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
-            noise = (drawn if x_T is None else x_T[rows].float()).to(device)
-            context = net.encode_context(**{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
-            null = self._null_context(name, conditions, len(noise)) if settings.guidance_scale != 1 else None
-            denoise = guided(net, context, null, settings.guidance_scale)
-            report = reporter(callback, name, len(steps), draw[0] * batches + batch, draw[1] * batches)
-            results.append(sample(denoise, scheduler, noise, steps, generators, report, eta=settings.eta))
-        return finite(torch.cat(results), name, net.dtype)
-
-    def _null_context(self, name: str, conditions: Mapping[str, Tensor], rows: int) -> Any:
-        """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change."""
-        if name not in ("prior", "decoder"):
-            return None
-        net = getattr(self, name)
-        mark = fingerprint(net)
-        key = (name, conditions["text"].shape[1] if "text" in conditions else 0)
-        if self._null_contexts.get(key, (None, None))[0] != mark:
-            device = self._place(net)
-            blank = {k: cast(torch.zeros_like(v[:1]), device, net.dtype) for k, v in conditions.items()}
-            drops = ["drop_text"] if name == "prior" else ["drop_z_i", *(["drop_text"] if "text" in conditions else [])]
-            dropped = {drop: torch.ones(1, dtype=torch.bool, device=device) for drop in drops}
-            self._null_contexts[key] = (mark, net.encode_context(**blank, **dropped))
-        return repeat_context(self._null_contexts[key][1], rows)
-
-    def _place(self, net: Any) -> torch.device:
-        """Where a network runs. Under offload its forward's hook brings it there now, for `encode_context` too."""
-        hook = getattr(net, "_hf_hook", None)
-        if hook is not None:
-            hook.pre_forward(net)
-        return getattr(hook, "execution_device", None) or net.device
-
     @staticmethod
-    def _check_rows(rows: int, seeds: Sequence[int]) -> None:
+    def _check_rows(rows: int, seeds: Sequence[Seed]) -> None:
         if rows != len(seeds) or not rows:
             raise ValueError(f"{rows} rows came with {len(seeds)} seeds; give one seed for each row, at least one.")

@@ -1,4 +1,4 @@
-"""How each stage is sampled: solver, steps, guidance. Three named presets; a model may carry its own."""
+"""How each stage is sampled: solver, steps, guidance. Three named presets; a model may carry its own, as Karlo does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class StageSettings:
 
     solver: a name of `core.sampling.SOLVERS`; steps: a count, or the list of training steps to visit; guidance_scale:
     1 is the conditional model, without a second half to each call; draws: how many z_i the prior draws, of which the
-    one with the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config.
+    one with the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config;
+    eight_bits: whether an upsampler gets its pictures at 8 bits, as from a file, or as the stage before gave them.
     Raises ValueError for values out of range.
     """
 
@@ -26,6 +27,7 @@ class StageSettings:
     draws: int = 1
     eta: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    eight_bits: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, Sequence) and not isinstance(self.steps, str):
@@ -69,6 +71,13 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         "upsampler_256": {"solver": "ddim", "steps": 27},
         "upsampler_1024": {"solver": "ddim", "steps": 15},
     },
+}
+
+# As its makers' pipeline samples it: noise, steps and pictures are the same
+KARLO: dict[str, dict[str, Any]] = {
+    "prior": {"solver": "unclip", "steps": 25, "guidance_scale": 4.0, "draws": 1},
+    "decoder": {"solver": "unclip", "steps": 25, "guidance_scale": 8.0},
+    "upsampler_256": {"solver": "unclip", "steps": 7, "eight_bits": False},
 }
 
 

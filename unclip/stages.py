@@ -1,0 +1,107 @@
+"""One network's sampling: what a stage of the pipeline does once its conditions are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.arguments import Callback, cast, finite, reporter
+from unclip.core.sampling import (
+    Denoise,
+    Seed,
+    guided,
+    picture_generators,
+    repeat_context,
+    resolve_timesteps,
+    sample,
+    starting_noise,
+)
+from unclip.folder import fingerprint
+from unclip.presets import StageSettings
+
+if TYPE_CHECKING:
+    from unclip.pipeline import UnCLIP
+
+
+def run_stage(
+    pipe: UnCLIP,
+    name: str,
+    conditions: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    seeds: Sequence[Seed],
+    settings: StageSettings,
+    callback: Callback | None,
+    x_T: Tensor | None = None,
+    stage: str | None = None,
+    draw: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """One network's sampling, `batch_size` pictures at a time: (b, *shape) in float32 on the network's device.
+
+    Where the pipeline has a network `<name>_last`, that one makes the last step. stage: the name its noise is drawn
+    under; draw: which of how many runs of this stage this is, for the callback.
+    """
+    net, last, at_once = getattr(pipe, name), getattr(pipe, f"{name}_last", None), pipe.batch_size[name]
+    scheduler = pipe.sampler(name, settings)
+    steps = resolve_timesteps(scheduler, settings.steps)
+    device = place(net)
+    results, batches = [], -(-len(seeds) // at_once)
+    for batch in range(batches):
+        rows = slice(batch * at_once, (batch + 1) * at_once)
+        generators = picture_generators(seeds[rows], stage or name)
+        drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
+        noise = (drawn if x_T is None else x_T[rows].float()).to(device)
+        context = net.encode_context(**{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
+        null = null_context(pipe, name, conditions, len(noise)) if settings.guidance_scale != 1 else None
+        denoise = guided(net, context, null, settings.guidance_scale)
+        if last is not None:
+            denoise = ending(denoise, guided(last, context, null, settings.guidance_scale), steps[-1])
+        report = reporter(callback, name, len(steps), draw[0] * batches + batch, draw[1] * batches)
+        results.append(sample(denoise, scheduler, noise, steps, generators, report, eta=settings.eta))
+    return finite(torch.cat(results), name, net.dtype)
+
+
+def ending(denoise: Denoise, last: Denoise, step: int) -> Denoise:
+    """A denoise that is `last` at `step`, and `denoise` at all others."""
+    return lambda x_t, t: (last if int(t[0]) == step else denoise)(x_t, t)
+
+
+def null_context(pipe: UnCLIP, name: str, conditions: Mapping[str, Tensor], rows: int) -> Any:
+    """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change."""
+    if name not in ("prior", "decoder"):
+        return None
+    net, kept = getattr(pipe, name), pipe._null_contexts
+    empty_prompt = not net.config["learned_null"] if name == "prior" else net.config["z_t_width"] is not None
+    mark = fingerprint(net) + (fingerprint(pipe.clip) if empty_prompt else ())
+    key = (name, conditions["text"].shape[1] if "text" in conditions else 0)
+    if kept.get(key, (None, None))[0] != mark:
+        device = place(net)
+        null = {k: torch.zeros_like(v[:1]) for k, v in conditions.items()}
+        drops = [] if name == "prior" else ["drop_z_i"]
+        if empty_prompt:
+            null |= {k: v.to(null[k].device) for k, v in caption(pipe, [""], key[1]).items()}
+        elif name == "prior" or "text" in conditions:
+            drops.append("drop_text")
+        dropped = {drop: torch.ones(1, dtype=torch.bool, device=device) for drop in drops}
+        context = net.encode_context(**{k: cast(v, device, net.dtype) for k, v in null.items()}, **dropped)
+        kept[key] = (mark, context)
+    return repeat_context(kept[key][1], rows)
+
+
+def caption(pipe: UnCLIP, prompts: Sequence[str], length: int = 0) -> dict[str, Tensor]:
+    """z_t, text and text_mask of prompts, padded to `length` tokens where they are fewer."""
+    text = pipe.encode_text(prompts)
+    missing = max(0, length - text.mask.shape[1])
+    states, mask = F.pad(text.states, (0, 0, 0, missing)), F.pad(text.mask, (0, missing))
+    return {"z_t": text.z_t, "text": states, "text_mask": mask}
+
+
+def place(net: Any) -> torch.device:
+    """Where a network runs. Under offload its forward's hook brings it there now, for `encode_context` too."""
+    hook = getattr(net, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(net)
+    return getattr(hook, "execution_device", None) or net.device
