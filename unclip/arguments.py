@@ -114,21 +114,25 @@ def check_seeds(
     return [seed + i for i in range(num_images)] * prompts
 
 
-def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any) -> None:
-    """Raises ValueError where widths or sizes of two components disagree, naming both numbers. prior: may be None."""
+def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any, prior_ar: Any = None, pca: Any = None) -> None:
+    """Raises ValueError where widths or sizes of two components disagree, naming both numbers. Priors may be None."""
     pairs = [("the decoder's embedding width", decoder.config["z_i_width"], "CLIP's", clip.dim)]
-    if prior is not None:
-        pairs.append(("the prior's embedding width", prior.config["embedding_dim"], "CLIP's", clip.dim))
-        pairs.append(("the prior's text width", prior.config["text_width"], "CLIP's", clip.text_width))
+    for net, name in ((prior, "the prior"), (prior_ar, "the autoregressive prior")):
+        if net is not None:
+            pairs.append((f"{name}'s embedding width", net.config["embedding_dim"], "CLIP's", clip.dim))
+            pairs.append((f"{name}'s text width", net.config["text_width"], "CLIP's", clip.text_width))
+    if pca is not None:
+        pairs.append(("the principal components' width", pca.config["embedding_dim"], "CLIP's", clip.dim))
     if decoder.config["text_width"] is not None:
         pairs.append(("the decoder's text width", decoder.config["text_width"], "CLIP's", clip.text_width))
     if decoder.config["z_t_width"] is not None:
         pairs.append(("the decoder's text embedding width", decoder.config["z_t_width"], "CLIP's", clip.dim))
-    if prior is not None and clip.context_length > prior.config["context_length"]:
-        raise ValueError(
-            f"CLIP reads {clip.context_length} tokens but the prior {prior.config['context_length']}; "
-            "join stages trained together."
-        )
+    for net in (prior, prior_ar):
+        if net is not None and clip.context_length > net.config["context_length"]:
+            raise ValueError(
+                f"CLIP reads {clip.context_length} tokens but the prior {net.config['context_length']}; "
+                "join stages trained together."
+            )
     side = decoder.config["sample_size"]
     if upsamplers and upsamplers[0] is None and any(net is not None for net in upsamplers):
         raise ValueError("the second upsampler came without the first; give both or neither.")

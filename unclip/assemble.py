@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 
+from prior.pca import PCA
 from unclip.arguments import DTypeName, choose_dtype
-from unclip.folder import load_component
+from unclip.core.data import DataConfig, ShardDataset, to_pixels
+from unclip.folder import add_component, find_model, load_component
 from unclip.pipeline import UnCLIP
 
 CLASS_NAMES = {
     "clip": "CLIP",
     "prior": "DiffusionPrior",
+    "prior_ar": "AutoregressivePrior",
     "decoder": "Decoder",
     "upsampler_256": "Upsampler",
     "upsampler_1024": "Upsampler",
@@ -35,11 +38,12 @@ def assemble(
     presets: str | Path | None = None,
     files: Sequence[str | Path] = (),
     license: str | None = "apache-2.0",
+    prior_ar: str | Path | None = None,
 ) -> Path:
     """Writes the model folder `out`, whole or not at all, and returns it.
 
-    Each stage is a training's output: `model/` and `scheduler/` (CLIP: `model/` alone). dtype: of the stored weights;
-    card: a Markdown file that becomes README.md; presets: a JSON file {preset: {stage: settings}} over the
+    Each stage is a training's output: `model/` and, but for CLIP and prior_ar, `scheduler/`. dtype: of the weights on
+    disk; card: a Markdown file that becomes README.md; presets: a JSON file {preset: {stage: settings}} over the
     defaults; files: further text files to go along (concepts.txt: what it was trained on). Raises FileNotFoundError
     for what is missing, ValueError for stages that do not fit each other.
     """
@@ -50,6 +54,7 @@ def assemble(
     stages = {
         "clip": clip,
         "prior": prior,
+        "prior_ar": prior_ar,
         "decoder": decoder,
         "upsampler_256": upsampler_256,
         "upsampler_1024": upsampler_1024,
@@ -71,12 +76,27 @@ def load_stage(name: str, folder: Path) -> dict[str, Any]:
     if not model.is_dir():
         raise FileNotFoundError(f"{model} is not there; give as {name} the output folder of its training.")
     parts = {name: load_component(name, CLASS_NAMES[name], folder, torch.float32, model)}
-    if name != "clip":
+    if name not in ("clip", "prior_ar"):
         path = folder / "scheduler" / "scheduler_config.json"
         class_name = _read_json(path).get("_class_name", "DDPMScheduler")
         scheduler = f"{name}_scheduler"
         parts[scheduler] = load_component(scheduler, str(class_name), folder, torch.float32, folder / "scheduler")
     return parts
+
+
+def fit_basis(
+    model: str | Path, corpus: str | Path, split: str = "train", limit: int | None = None, device: str | None = None
+) -> Path:
+    """Fits the principal components of a corpus's pictures, on white, as a model's CLIP sees them (§3, figure 7).
+
+    They become the component `pca` of the model's folder, which is returned; `limit`: the first so many pictures.
+    Raises FileNotFoundError or ValueError.
+    """
+    folder, _ = find_model(model)
+    dataset = ShardDataset(DataConfig(str(corpus), split, limit=limit))
+    pipe = UnCLIP.from_pretrained(folder, device=device)
+    z_i = [pipe.encode_image(to_pixels(dataset[i]["image"][None])) for i in range(len(dataset))]
+    return add_component(folder, "pca", PCA.fit(torch.cat(z_i)))
 
 
 def _check_range(name: str, network: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -17,9 +17,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, UnCLIPScheduler
 from torch import nn
 
 from decoder.decoder import Decoder
+from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior
+from prior.pca import PCA
 from unclip.clip.model import CLIP
-from unclip.core.checkpoint import replace_folder
+from unclip.core.analytic import AnalyticDDPMScheduler
+from unclip.core.checkpoint import export, replace_folder
+from unclip.core.files import whole_file
 from upsamplers.upsampler import Upsampler
 
 INDEX = "model_index.json"
@@ -31,9 +35,10 @@ CLASSES: dict[str, tuple[type, ...]] = {
     "upsampler_256": (Upsampler,),
     "upsampler_1024": (Upsampler,),
 }
-SCHEDULERS = (DDPMScheduler, DDIMScheduler, UnCLIPScheduler)
+SCHEDULERS = (DDPMScheduler, AnalyticDDPMScheduler, DDIMScheduler, UnCLIPScheduler)
 NETWORKS = tuple(CLASSES)
 CLASSES |= {f"{name}_scheduler": SCHEDULERS for name in NETWORKS if name != "clip"}
+CLASSES |= {"prior_ar": (AutoregressivePrior,), "pca": (PCA,)}  # the other prior; the basis of reconstructions
 CLASSES["upsampler_256_last"] = (Upsampler,)  # the last step's own network, under the same scheduler
 REQUIRED = ("clip", "prior", "prior_scheduler", "decoder", "decoder_scheduler")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*"]
@@ -259,6 +264,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def add_component(folder: Path, name: str, component: Any) -> Path:
+    """Adds a component to a model folder, or replaces it; all else stays. Returns its folder."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    export(component, folder / name)
+    index[name] = [type(component).__module__, type(component).__name__]
+    with whole_file(folder / INDEX) as aside:
+        aside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return folder / name
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:

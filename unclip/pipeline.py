@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from decoder.decoder import Decoder
+from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior, best_of
+from prior.pca import PCA
 from unclip.arguments import (
     Callback,
     DTypeName,
@@ -33,8 +35,8 @@ from unclip.convert import karlo
 from unclip.core.data import pil_from_pixels, pixels_from_pil
 from unclip.core.sampling import Seed, make_sampler, resolve_timesteps
 from unclip.folder import announce, find_model, license_notice, load_folder, whole_folder, write_component
-from unclip.presets import StageSettings, override, read_presets, write_presets
-from unclip.stages import run_stage
+from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
+from unclip.stages import run_autoregressive, run_stage
 from upsamplers.upsampler import Upsampler
 
 
@@ -61,11 +63,13 @@ class UnCLIP(DiffusionPipeline):
     `batch_size` holds how many pictures each stage works on at once.
     """
 
-    model_cpu_offload_seq = "prior->decoder->upsampler_256->upsampler_256_last->upsampler_1024"
-    _exclude_from_cpu_offload = ["clip"]  # noqa: RUF012
+    model_cpu_offload_seq = "prior->prior_ar->decoder->upsampler_256->upsampler_256_last->upsampler_1024"
+    _exclude_from_cpu_offload = ["clip", "pca"]  # noqa: RUF012
     _optional_components = [  # noqa: RUF012
         *(f"{name}{end}" for name in ("prior", "upsampler_256", "upsampler_1024") for end in ("", "_scheduler")),
         "upsampler_256_last",
+        "prior_ar",
+        "pca",
     ]
 
     def __init__(
@@ -84,8 +88,11 @@ class UnCLIP(DiffusionPipeline):
         name: str = "unclip",
         upsampler_256_last: Upsampler | None = None,
         unit_norm: bool = True,
+        prior_ar: AutoregressivePrior | None = None,
+        pca: PCA | None = None,
     ):
         """upsampler_256_last makes the first upsampler's last step; without a prior, pictures are given, not prompts.
+        prior_ar: the autoregressive prior, beside the other; pca: the basis of reconstructions.
 
         unit_norm: whether z_t and z_i have norm 1, or are as CLIP projects them. Raises ValueError where the
         components' widths or sizes do not fit each other, or a preset is wrong.
@@ -103,8 +110,10 @@ class UnCLIP(DiffusionPipeline):
             upsampler_1024=upsampler_1024,
             upsampler_1024_scheduler=upsampler_1024_scheduler,
             upsampler_256_last=upsampler_256_last,
+            prior_ar=prior_ar,
+            pca=pca,
         )
-        check_fit(clip, prior, decoder, upsampler_256, upsampler_1024)
+        check_fit(clip, prior, decoder, upsampler_256, upsampler_1024, prior_ar=prior_ar, pca=pca)
         self.register_to_config(presets=write_presets(self.presets), license=license, unit_norm=unit_norm)
         self.model_name, self.unit_norm, self.license_text = name, unit_norm, license_notice(license)
         self.batch_size = {"prior": 64, "decoder": 16, "upsampler_256": 1, "upsampler_1024": 1}
@@ -183,17 +192,21 @@ class UnCLIP(DiffusionPipeline):
         guidance_scale: float | None = None,
         prior_guidance_scale: float | None = None,
         steps: Sequence[int | Sequence[int] | None] | None = None,
+        prior: PriorName | None = None,
     ) -> dict[str, StageSettings]:
         """Every stage's settings under a preset with the given ones in place.
 
-        steps: up to four, for prior, decoder, 256, 1024; None keeps the preset's. Raises ValueError for an unknown
-        preset or what a stage's scheduler cannot do.
+        steps: up to four, for prior, decoder, 256, 1024; None keeps the preset's. prior: which one draws z_i; None
+        keeps the preset's. Raises ValueError for an unknown preset or what a stage's scheduler cannot do.
         """
         if preset not in self.presets:
             raise ValueError(f"preset {preset!r} is unknown; this model has {', '.join(self.presets)}.")
-        settings = override(self.presets[preset], guidance_scale, prior_guidance_scale, steps)
+        settings = override(self.presets[preset], guidance_scale, prior_guidance_scale, steps, prior)
         for stage, chosen in settings.items():
-            if getattr(self, stage) is not None:
+            if stage == "prior" and chosen.solver == "ar":
+                if self.prior_ar is None:
+                    raise ValueError("this model has no autoregressive prior; give prior='diffusion'.")
+            elif getattr(self, stage) is not None:
                 resolve_timesteps(self.sampler(stage, chosen), chosen.steps)
         return settings
 
@@ -226,7 +239,8 @@ class UnCLIP(DiffusionPipeline):
         settings: StageSettings | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """The prior (§2.2): of `draws` samples per row, the one with the largest z_i·z_t.
+        """The prior (§2.2), of the two that which the settings name: of `draws` samples per row, the one with the
+        largest z_i·z_t.
 
         text: b rows; returns z_i (b, d), float32 of unit norm as `encode_image` gives it. Raises ValueError where the
         model has no prior.
@@ -239,10 +253,14 @@ class UnCLIP(DiffusionPipeline):
         for draw in range(1, settings.draws + 1):
             stage = "prior" if draw == 1 else f"prior-{draw}"
             condition = {"z_t": text.z_t, "text": text.states, "text_mask": text.mask}
-            shape = (self.prior.config["embedding_dim"],)
             part = (draw - 1, settings.draws)
-            candidates.append(run_stage(self, "prior", condition, shape, seeds, settings, callback, None, stage, part))
-        z_i = self.prior.unstandardize(torch.stack(candidates)).float()  # draws b d
+            if settings.solver == "ar":
+                candidates.append(run_autoregressive(self, condition, seeds, settings, callback, stage, part))
+                continue
+            shape = (self.prior.config["embedding_dim"],)
+            x0 = run_stage(self, "prior", condition, shape, seeds, settings, callback, None, stage, part)
+            candidates.append(self.prior.unstandardize(x0).float())
+        z_i = torch.stack(candidates)  # draws b d
         # CLIP's embeddings have unit norm, and the decoder was trained on them; a regressed mean is shorter
         return best_of(F.normalize(z_i, dim=-1) if self.unit_norm else z_i, text.z_t)
 
@@ -311,14 +329,15 @@ class UnCLIP(DiffusionPipeline):
         z_i: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
+        prior: PriorName | None = None,
     ) -> UnCLIPOutput:
         """Draws `num_images` pictures of each prompt; the pictures of a prompt have the seeds seed, seed + 1, …
 
         size: side in pixels, by default the largest the model has. guidance_scale is the decoder's, 1 for none. steps:
         see `settings`. z_i (prompts · num_images, d) stands in for the prior's, or that of `image`, a picture for each
         prompt (as `encode_image` takes them); prompts may then be left out. generator: draws the seed instead of
-        `seed`; a list, one for each picture: all noise of a picture, stage after stage, is its generator's. Raises
-        ValueError or TypeError, before any work, for arguments out of range.
+        `seed`; a list, one for each picture: all noise of a picture, stage after stage, is its generator's. prior: see
+        `settings`. Raises ValueError or TypeError, before any work, for arguments out of range.
         """
         prompts, given, asked = check_request(prompt, image, z_i, num_images)
         seeds = check_seeds(seed, num_images, generator, asked)
@@ -327,7 +346,7 @@ class UnCLIP(DiffusionPipeline):
             raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r} is unknown; give 'pil', 'np' or 'pt'.")
-        settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps)
+        settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps, prior)
         if z_i is not None and tuple(z_i.shape) != (len(seeds), self.decoder.config["z_i_width"]):
             raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({len(seeds)}, {self.decoder.config['z_i_width']}).")
         if self.prior is None and z_i is None and given is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
+PriorName = Literal["diffusion", "ar"]
 GUIDED = ("prior", "decoder")
 
 
@@ -18,6 +19,7 @@ class StageSettings:
     1 is the conditional model, without a second half to each call; draws: how many z_i the prior draws, of which the
     one with the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config;
     eight_bits: whether an upsampler gets its pictures at 8 bits, as from a file, or as the stage before gave them.
+    The prior's solver "ar" is the autoregressive prior: it has no steps, and its options are temperature and top_p.
     Raises ValueError for values out of range.
     """
 
@@ -80,6 +82,9 @@ KARLO: dict[str, dict[str, Any]] = {
     "upsampler_256": {"solver": "unclip", "steps": 7, "eight_bits": False},
 }
 
+# One draw: the product z_i·z_t that it is drawn for is among the higher ones (§2.2)
+AUTOREGRESSIVE: dict[str, Any] = {"solver": "ar", "guidance_scale": 1.0, "draws": 1}
+
 
 def read_presets(presets: Mapping[str, Mapping[str, Mapping[str, Any]]] | None) -> dict[str, dict[str, StageSettings]]:
     """A model's presets over the defaults: {preset: {stage: StageSettings}}.
@@ -122,9 +127,17 @@ def override(
     guidance_scale: float | None = None,
     prior_guidance_scale: float | None = None,
     steps: Sequence[int | Sequence[int] | None] | None = None,
+    prior: PriorName | None = None,
 ) -> dict[str, StageSettings]:
-    """A preset's stages with the caller's guidance scales and steps (one a stage; None keeps) in place."""
+    """A preset's stages with the caller's guidance scales, steps (one a stage; None keeps) and prior in place.
+
+    prior: "diffusion" or "ar"; where the preset has the other one, this one's defaults; None keeps the preset's.
+    """
+    if prior not in (None, "diffusion", "ar"):
+        raise ValueError(f"prior {prior!r} is unknown; give 'diffusion' or 'ar'.")
     settings = dict(preset)
+    if prior is not None and (prior == "ar") != (settings["prior"].solver == "ar"):
+        settings["prior"] = StageSettings(**(AUTOREGRESSIVE if prior == "ar" else DEFAULTS["default"]["prior"]))
     if steps is not None:
         if isinstance(steps, int | str) or not 1 <= len(steps) <= len(STAGES):
             raise ValueError(

@@ -64,6 +64,34 @@ def run_stage(
     return finite(torch.cat(results), name, net.dtype)
 
 
+def run_autoregressive(
+    pipe: UnCLIP,
+    conditions: Mapping[str, Tensor],
+    seeds: Sequence[Seed],
+    settings: StageSettings,
+    callback: Callback | None,
+    stage: str = "prior",
+    draw: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """The autoregressive prior's z_i (b, d) in float32, whose norm is not made 1; otherwise as `run_stage`."""
+    net: Any = pipe.prior_ar
+    at_once, device = pipe.batch_size["prior"], place(net)
+    if unknown := settings.options.keys() - {"temperature", "top_p"}:
+        raise ValueError(f"the autoregressive prior has no option {min(unknown)!r}, but temperature and top_p.")
+    results, batches = [], -(-len(seeds) // at_once)
+    for batch in range(batches):
+        rows = slice(batch * at_once, (batch + 1) * at_once)
+        z_i = net.sample(
+            **{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()},
+            generators=picture_generators(seeds[rows], stage),
+            guidance_scale=settings.guidance_scale,
+            callback=reporter(callback, "prior", net.components, draw[0] * batches + batch, draw[1] * batches),
+            **settings.options,
+        )
+        results.append(z_i)
+    return finite(torch.cat(results), "prior_ar", net.dtype)
+
+
 def ending(denoise: Denoise, last: Denoise, step: int) -> Denoise:
     """A denoise that is `last` at `step`, and `denoise` at all others."""
     return lambda x_t, t: (last if int(t[0]) == step else denoise)(x_t, t)

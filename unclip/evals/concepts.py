@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
 
 SPLITS = ("train", "test-pair")
-CONDITIONS = ("prior", "true_z_i", "text")
+CONDITIONS = ("prior", "ar", "true_z_i", "text")
 
 
 @dataclass(frozen=True)
@@ -248,17 +248,18 @@ def generator_of(
 ) -> Generate:
     """A pipeline's 64×64 pictures as a `Generate`, its decoder given one of three embeddings.
 
-    condition: "prior", the whole way; "true_z_i", the embedding of the real drawing, which shows the decoder alone;
-    "text", z_t in z_i's place (§5.1). Raises ValueError for another condition or an unknown preset.
+    condition: "prior", the whole way; "ar", the same by the autoregressive prior; "true_z_i", the embedding of the
+    real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1). Raises ValueError for another
+    condition or an unknown preset.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
-    settings = pipe.settings(preset, guidance_scale)
+    settings = pipe.settings(preset, guidance_scale, prior="ar" if condition == "ar" else None)
 
     def generate(captions: list[str], draws: list[Draw]) -> Tensor:
         text = pipe.encode_text(captions)
         seeds = [draw.seed for draw in draws]
-        if condition == "prior":
+        if condition in ("prior", "ar"):
             z_i = pipe.sample_z_i(text, seeds, settings["prior"], callback)
         elif condition == "true_z_i":
             z_i = pipe.encode_image(to_pixels(corpus.pictures([draw.drawing.index for draw in draws])))
