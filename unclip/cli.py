@@ -178,6 +178,7 @@ def assemble(
     prior: Annotated[Path, typer.Option(help="Output folder of the prior's training.")],
     decoder: Annotated[Path, typer.Option(help="Output folder of the decoder's training.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    prior_ar: Annotated[Path | None, typer.Option(help="Output folder of the autoregressive prior's training.")] = None,
     upsampler_256: Annotated[Path | None, typer.Option("--upsampler-256")] = None,
     upsampler_1024: Annotated[Path | None, typer.Option("--upsampler-1024")] = None,
     dtype: Annotated[DType, typer.Option(help="Of the stored weights.")] = DType.fp16,
@@ -194,7 +195,7 @@ def assemble(
 
     quiet_libraries()
     stages = (clip, prior, decoder, upsampler_256, upsampler_1024)
-    folder = join(out, *stages, dtype.value, max_shard_size, card, presets, file or [], license)
+    folder = join(out, *stages, dtype.value, max_shard_size, card, presets, file or [], license, prior_ar)
     typer.echo(folder)
 
 
