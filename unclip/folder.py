@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from prior.diffusion_prior import DiffusionPrior
 from prior.pca import PCA
 from unclip.clip.model import CLIP
 from unclip.core.analytic import AnalyticDDPMScheduler
-from unclip.core.checkpoint import export, replace_folder
+from unclip.core.checkpoint import export
 from unclip.core.files import whole_file
 from upsamplers.upsampler import Upsampler
 
@@ -241,29 +239,6 @@ def write_component(name: str, component: Any, root: Path, dtype: torch.dtype | 
         data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raises ValueError where `folder` exists and is no model: nothing but models is replaced."""
-    if folder.exists() and not (folder / INDEX).is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is no model; give a new folder or move it away.")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write a model in, which takes its name at the end, and goes where an error comes.
-
-    Raises ValueError where `folder` exists and is no model.
-    """
-    check_replaceable(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def add_component(folder: Path, name: str, component: Any) -> Path:

@@ -33,8 +33,9 @@ from unclip.arguments import (
 from unclip.clip.model import CLIP, TextFeatures
 from unclip.convert import karlo
 from unclip.core.data import pil_from_pixels, pixels_from_pil
+from unclip.core.files import whole_folder
 from unclip.core.sampling import Seed, make_sampler, resolve_timesteps
-from unclip.folder import announce, find_model, license_notice, load_folder, whole_folder, write_component
+from unclip.folder import INDEX, announce, find_model, license_notice, load_folder, write_component
 from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
 from unclip.stages import run_autoregressive, run_stage
 from upsamplers.upsampler import Upsampler
@@ -154,11 +155,11 @@ class UnCLIP(DiffusionPipeline):
         max_shard_size: str = "10GB",
         extra_files: Mapping[str, str] | None = None,
     ) -> Path:
-        """Writes the model folder, whole or not at all; what had this name is replaced.
+        """Writes the model folder, whole or not at all; a model of this name is replaced, else FileExistsError.
 
         dtype: of the stored weights, None as in memory; extra_files: further files' contents by name (a model card).
         """
-        with whole_folder(Path(folder)) as partial:
+        with whole_folder(Path(folder), INDEX) as partial:
             stored = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
             for name, component in self.components.items():
                 if component is not None:

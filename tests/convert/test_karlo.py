@@ -132,7 +132,7 @@ def test_the_command_converts_both_ways(pipe: UnCLIP, text2img: Path, tmp_path: 
     (tmp_path / "letter" / "dear.txt").write_text("you")
     with pytest.raises(SystemExit) as exit_:
         main(["convert", "karlo", str(text2img), str(tmp_path / "letter")])
-    assert exit_.value.code == 2 and "is no model" in capsys.readouterr().err
+    assert exit_.value.code == 2 and "holds no model_index.json" in capsys.readouterr().err
 
 
 def test_the_licence_goes_along(text2img: Path, tmp_path: Path, capsys):

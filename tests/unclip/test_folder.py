@@ -149,6 +149,6 @@ def test_an_unknown_model_is_one_sentence(name: str) -> None:
 def test_a_foreign_folder_is_never_overwritten(pipe: UnCLIP, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is no model"):
+    with pytest.raises(FileExistsError, match=r"holds no model_index\.json"):
         pipe.save_pretrained(tmp_path / "mine")
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "letter.txt"]

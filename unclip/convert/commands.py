@@ -27,10 +27,11 @@ def karlo(
         raise ValueError(f"--dtype is {dtype}; give fp32, bf16 or fp16.")
     from unclip.cli import quiet_libraries
     from unclip.convert.karlo import write_diffusers
-    from unclip.folder import check_replaceable
+    from unclip.core.files import check_replaceable
+    from unclip.folder import INDEX
     from unclip.pipeline import UnCLIP
 
-    check_replaceable(out)
+    check_replaceable(out, INDEX)
     quiet_libraries()
     pipe = UnCLIP.from_pretrained(source, dtype)
     typer.echo(write_diffusers(pipe, out) if to_diffusers else pipe.save_pretrained(out))

@@ -30,7 +30,8 @@ from prior.diffusion_prior import DiffusionPrior
 from unclip.clip.model import CLIP
 from unclip.convert import karlo_configs as configs
 from unclip.convert import karlo_keys as keys
-from unclip.folder import INDEX, find_model, load_component, one_line, read_header, whole_folder
+from unclip.core.files import whole_folder
+from unclip.folder import INDEX, find_model, load_component, one_line, read_header
 from unclip.presets import KARLO
 from upsamplers.upsampler import Upsampler
 
@@ -235,7 +236,7 @@ def write_diffusers(pipe: UnCLIP, folder: str | Path) -> Path:
     networks = _networks(pipe)
     for network in networks:
         _check_kind(network)
-    with whole_folder(Path(folder)) as partial:
+    with whole_folder(Path(folder), INDEX) as partial:
         for name, config, pieces, ours, _ in networks:
             write_network(
                 partial / name, {"_class_name": CLASSES[name], **config}, keys.split(pieces, ours.state_dict())

@@ -28,14 +28,20 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_replaceable(folder: Path, mark: str) -> None:
+    """Raises FileExistsError where `folder` holds something, but not the file `mark`, which tells what is ours."""
+    if folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file()):
+        raise FileExistsError(f"{folder} exists and holds no {mark}, so it stays; give a new folder or move it away.")
+
+
 @contextmanager
 def whole_folder(folder: Path, mark: str | None = None) -> Iterator[Path]:
     """Yields an empty `FOLDER.partial`; it takes the folder's name where the block ends well, and goes where not.
 
-    mark: a file that tells what may be replaced. Raises FileExistsError where `folder` holds something, but not it.
+    mark: a file without which `folder` is not replaced, see `check_replaceable`.
     """
-    if mark and (folder.is_file() or (folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file())):
-        raise FileExistsError(f"{folder} exists and holds no {mark}, so it stays; give a new folder or move it away.")
+    if mark is not None:
+        check_replaceable(folder, mark)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
