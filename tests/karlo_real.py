@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 
 pytestmark = pytest.mark.slow
+# At t = 999 x0 is (x − σ·ε)/√ᾱ with √ᾱ = 5e-5: rounding of a trained network's ε, theirs and ours, becomes about 1e-2
+# in x0 there, and what the later steps leave of it in the pictures. The prior predicts x0 itself.
+LIMITS = {"prior": 1e-4, "decoder": 2e-2, "upsampler_256": 2e-2, "images": 2e-2}
 STEPS = tuple(int(count) for count in os.environ.get("KARLO_STEPS", "5,4,3").split(","))
 PROMPTS = ["a red apple on a wooden table", "a high-resolution photograph of a big red frog on a green leaf."]
 
@@ -58,7 +61,8 @@ def test_captions(seeds, karlo_difference):
     prompts = {"prompt": PROMPTS[: len(seeds)]}
     theirs = reference(folder, UnCLIPPipeline)
     difference = karlo_difference(UnCLIP.from_pretrained(folder), theirs, STEPS, seeds, prompts, prompts)
-    assert max(difference.values()) < 1e-4, difference
+    print(difference)
+    assert all(value < LIMITS[stage] for stage, value in difference.items()), difference
 
 
 def test_variations(karlo_difference):
@@ -73,4 +77,5 @@ def test_variations(karlo_difference):
     image = {"image": [Image.fromarray(pixels.numpy())]}
     theirs = reference(folder, UnCLIPImageVariationPipeline)
     difference = karlo_difference(UnCLIP.from_pretrained(folder), theirs, STEPS, [0], image, image)
-    assert max(difference.values()) < 1e-4, difference
+    print(difference)
+    assert all(value < LIMITS[stage] for stage, value in difference.items()), difference

@@ -107,6 +107,12 @@ def test_half_precision_is_the_weights_rounded(pipe: UnCLIP, text2img: Path):
     assert equal(states(half), {key: w.bfloat16() if w.is_floating_point() else w for key, w in states(pipe).items()})
 
 
+def test_a_number_for_each_level_is_the_number(pipe: UnCLIP, text2img: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(text2img, tmp_path / "levels"))
+    edit_json(folder / "decoder" / "config.json", attention_head_dim=[8, 8, 8], cross_attention_dim=[36, 36, 36])
+    assert equal(states(UnCLIP.from_pretrained(folder)), states(pipe))
+
+
 def test_shards(pipe: UnCLIP, text2img: Path, parts, tmp_path: Path):
     folder = Path(shutil.copytree(text2img, tmp_path / "shards"))
     shutil.rmtree(folder / "decoder")
@@ -309,6 +315,10 @@ def no_width(folder: Path) -> None:
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "block_out_channels"}))
 
 
+def several_heads(folder: Path) -> None:
+    edit_json(folder / "decoder" / "config.json", attention_head_dim=[8, 8, 4])
+
+
 def other_proj(folder: Path) -> None:
     edit_json(folder / "text_proj" / "config.json", cross_attention_dim=40)
 
@@ -383,6 +393,7 @@ def other_pipeline(folder: Path) -> None:
         (other_activation, "super_res_last.config.json says act_fn is 'gelu'"),
         (other_blocks, "says down_block_types is"),
         (no_width, "does not say 'block_out_channels'"),
+        (several_heads, r"attention_head_dim is \[8, 8, 4\]"),
         (other_proj, "cross_attention_dim is 40, where the decoder's is 36"),
         (no_config, "no config.json that can be read"),
         (no_weights, "super_res_first lacks"),

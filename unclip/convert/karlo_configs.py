@@ -128,19 +128,27 @@ def decoder_arguments(config: Mapping[str, Any], proj: Mapping[str, Any]) -> dic
     check_fixed({name: list(config[name]) for name in block_types(attention)}, block_types(attention))
     width = proj.get("clip_embeddings_dim", 768)
     for name, value in (("time_embed_dim", 4 * arguments["model_channels"]), ("cross_attention_dim", None)):
-        value = value or config["cross_attention_dim"]
+        value = value or _one(config, "cross_attention_dim")
         if proj[name] != value:
             raise ValueError(f"has a text_proj whose {name} is {proj[name]}, where the decoder's is {value}")
     return arguments | {
         "attention_resolutions": [config["sample_size"] // 2**i for i, flag in enumerate(attention) if flag],
-        "head_channels": config["attention_head_dim"],
+        "head_channels": _one(config, "attention_head_dim"),
         "z_i_width": width,
         "z_i_tokens": proj.get("clip_extra_context_tokens", 4),
         "z_t_width": width,
         "text_width": width,
-        "context_width": config["cross_attention_dim"],
+        "context_width": _one(config, "cross_attention_dim"),
         "norm_context": "text",
     }
+
+
+def _one(config: Mapping[str, Any], name: str) -> Any:
+    """A number that diffusers may write once or once for each level."""
+    values = config[name] if isinstance(config[name], list | tuple) else [config[name]]
+    if len(set(values)) != 1:
+        raise ValueError(f"says {name} is {values}, where this map knows one for all levels")
+    return values[0]
 
 
 def decoder_config(ours: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
