@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from unclip import __version__
 from unclip.core.files import whole_file
-from unclip.presets import write_presets
+from unclip.presets import PriorName, write_presets
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback
@@ -56,21 +56,27 @@ def draw(
     preset: str = "default",
     guidance_scale: float | None = None,
     prior_guidance_scale: float | None = None,
+    prior: PriorName | None = None,
+    negative_prompt: str | None = None,
+    best_of: int = 1,
 ) -> Iterator[Path]:
     """Draws `num_images` pictures of each prompt into a folder, `AT_ONCE` at a time; yields each path once written.
 
     The arguments are those of the pipeline's call. A prompt that comes twice is drawn once. with_grid: at last the path
     of a sheet of them all.
     """
-    chosen = pipe.settings(preset, guidance_scale, prior_guidance_scale)
+    chosen = pipe.settings(preset, guidance_scale, prior_guidance_scale, prior=prior)
     settings = {"size": size or pipe.sizes[-1], "preset": preset, "dtype": str(pipe.dtype).removeprefix("torch.")}
     settings |= {"device": pipe.device.type, **write_presets({"": chosen})[""]}
+    settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
     common = {"settings": json.dumps(settings), "model": pipe.model_name, "software": f"unclip {__version__}"}
     taken: set[Path] = set()
     sheet: list[Image.Image] = []
     prompts = list(dict.fromkeys(prompts))
-    for batch, first, count in groups(prompts, num_images):
-        result = pipe(batch, count, seed + first, size, preset, guidance_scale, prior_guidance_scale, callback=callback)
+    asked = {"prior": prior, "negative_prompt": negative_prompt, "best_of": best_of, "callback": callback}
+    for batch, first, count in groups(prompts, num_images, max(1, AT_ONCE // max(1, best_of))):
+        scales = (guidance_scale, prior_guidance_scale)
+        result = pipe(batch, count, seed + first * best_of, size, preset, *scales, **asked)
         for i, (image, own_seed) in enumerate(zip(cast("list[Image.Image]", result.images), result.seeds, strict=True)):
             chunks = {"prompt": batch[i // count], "seed": str(own_seed), **common}
             path = picture_path(folder, slug(batch[i // count]), own_seed, chunks, taken)
@@ -86,12 +92,12 @@ def draw(
         yield path
 
 
-def groups(prompts: Sequence[str], num_images: int) -> Iterator[tuple[Sequence[str], int, int]]:
-    """What is drawn in one go, `AT_ONCE` pictures at most: prompts, the first of each one's pictures, how many."""
-    together = max(1, AT_ONCE // num_images)
+def groups(prompts: Sequence[str], num_images: int, most: int = AT_ONCE) -> Iterator[tuple[Sequence[str], int, int]]:
+    """What is drawn in one go, `most` pictures at most: prompts, the first of each one's pictures, how many."""
+    together = max(1, most // num_images)
     for start in range(0, len(prompts), together):
-        for first in range(0, num_images, AT_ONCE):
-            yield prompts[start : start + together], first, min(AT_ONCE, num_images - first)
+        for first in range(0, num_images, most):
+            yield prompts[start : start + together], first, min(most, num_images - first)
 
 
 def slug(prompt: str, length: int = 60) -> str:
@@ -131,6 +137,13 @@ def write_png(image: Image.Image, path: Path, chunks: Mapping[str, str]) -> None
         info.add_text(key, value)
     with whole_file(path) as aside:
         image.save(aside, format="PNG", pnginfo=info)
+
+
+def write_gif(images: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
+    """Writes an endless animation, there and back, each picture shown so long; whole or not at all."""
+    frames = [image.convert("RGB") for image in (*images, *images[-2:0:-1])]
+    with whole_file(path) as aside:
+        frames[0].save(aside, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ from decoder.decoder import Decoder
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior, best_of
 from prior.pca import PCA
+from unclip import manipulations
 from unclip.arguments import (
     Callback,
     DTypeName,
     OutputType,
-    Pictures,
-    as_type,
     check_fit,
     check_request,
     check_seeds,
@@ -34,26 +32,13 @@ from unclip.clip.model import CLIP, TextFeatures
 from unclip.convert import karlo
 from unclip.core.data import pil_from_pixels, pixels_from_pil
 from unclip.core.files import whole_folder
-from unclip.core.sampling import Seed, make_sampler, resolve_timesteps
+from unclip.core.sampling import INVERSE, Seed, make_sampler, resolve_timesteps
 from unclip.folder import INDEX, announce, find_model, license_notice, load_folder, write_component
 from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
-from unclip.stages import run_autoregressive, run_stage
+from unclip.prompts import best_rows, check_best_of, check_negative, decode_prompts, embed_prompts
+from unclip.sources import check_output_type
+from unclip.stages import UnCLIPOutput, finish, run_autoregressive, run_stage
 from upsamplers.upsampler import Upsampler
-
-
-@dataclass
-class UnCLIPOutput:
-    """What a call returns; every list runs over prompts, then over each prompt's pictures.
-
-    images: pictures at the size asked for; stages: the same at every size up to it, by side; image_embeds: z_i (b, d);
-    seeds: of each picture. Pictures are PIL images ("pil"), float arrays (b, h, w, 3) in [0, 1] ("np"), or float
-    tensors (b, 3, h, w) in [−1, 1] ("pt"). In place of a generator's picture's seed stands the generator's.
-    """
-
-    images: Pictures
-    image_embeds: Tensor
-    stages: dict[int, Pictures]
-    seeds: list[int]
 
 
 class UnCLIP(DiffusionPipeline):
@@ -239,12 +224,13 @@ class UnCLIP(DiffusionPipeline):
         seeds: Sequence[Seed],
         settings: StageSettings | None = None,
         callback: Callback | None = None,
+        negative: str | None = None,
     ) -> Tensor:
         """The prior (§2.2), of the two that which the settings name: of `draws` samples per row, the one with the
         largest z_i·z_t.
 
-        text: b rows; returns z_i (b, d), float32 of unit norm as `encode_image` gives it. Raises ValueError where the
-        model has no prior.
+        text: b rows; negative: a prompt that the diffusion prior's guidance leads away from. Returns z_i (b, d),
+        float32 of unit norm as `encode_image` gives it. Raises ValueError where the model has no prior.
         """
         if self.prior is None:
             raise ValueError("this model has no prior: give image or z_i.")
@@ -259,7 +245,7 @@ class UnCLIP(DiffusionPipeline):
                 candidates.append(run_autoregressive(self, condition, seeds, settings, callback, stage, part))
                 continue
             shape = (self.prior.config["embedding_dim"],)
-            x0 = run_stage(self, "prior", condition, shape, seeds, settings, callback, None, stage, part)
+            x0 = run_stage(self, "prior", condition, shape, seeds, settings, callback, None, stage, part, negative)
             candidates.append(self.prior.unstandardize(x0).float())
         z_i = torch.stack(candidates)  # draws b d
         # CLIP's embeddings have unit norm, and the decoder was trained on them; a regressed mean is shorter
@@ -268,20 +254,27 @@ class UnCLIP(DiffusionPipeline):
     @torch.no_grad()
     def decode(
         self,
-        z_i: Tensor,
+        z_i: Tensor | None,
         text: TextFeatures | None,
         seeds: Sequence[Seed],
         settings: StageSettings | None = None,
         callback: Callback | None = None,
         x_T: Tensor | None = None,
+        negative: str | None = None,
     ) -> Tensor:
         """The decoder (§2.1): z_i (b, d) and the caption's text (b rows, or None for none) to (b, 3, s, s) in [−1, 1].
 
-        x_T: starting noise (b, 3, s, s); None draws each row's from its seed.
+        z_i may be None, for the caption alone. x_T: starting noise (b, 3, s, s), or with the solver "ddim_inverse" the
+        pictures, whose noise comes back; None draws each row's from its seed. negative: a prompt that guidance leads
+        away from, where there is text.
         """
         settings = settings or self.settings()["decoder"]
+        condition: dict[str, Tensor] = {}
+        if z_i is None:
+            z_i = torch.zeros(len(seeds), self.decoder.config["z_i_width"])
+            condition["drop_z_i"] = torch.ones(len(seeds), dtype=torch.bool)
+        condition["z_i"] = z_i
         self._check_rows(len(z_i), seeds)
-        condition: dict[str, Tensor] = {"z_i": z_i}
         if text is None and self.decoder.config["z_t_width"] is not None:  # to it, no caption is the empty one
             text = TextFeatures(*(part.expand(len(z_i), *part.shape[1:]) for part in self.encode_text([""])))
         if text is not None and self.decoder.config["text_width"] is not None:
@@ -289,7 +282,9 @@ class UnCLIP(DiffusionPipeline):
         if text is not None and self.decoder.config["z_t_width"] is not None:
             condition["z_t"] = text.z_t
         side = int(self.decoder.config["sample_size"])
-        return run_stage(self, "decoder", condition, (3, side, side), seeds, settings, callback, x_T).clamp(-1, 1)
+        shape = (3, side, side)
+        x = run_stage(self, "decoder", condition, shape, seeds, settings, callback, x_T, negative=negative)
+        return x if settings.solver in INVERSE else x.clamp(-1, 1)
 
     @torch.no_grad()
     def upsample(
@@ -312,6 +307,25 @@ class UnCLIP(DiffusionPipeline):
         condition = {"low": quantised(images) if settings.eight_bits else images}
         return run_stage(self, name, condition, (3, size, size), seeds, settings, callback).clamp(-1, 1)
 
+    def check_size(self, size: int | None) -> int:
+        """A size that is offered; None is the largest. Raises ValueError for another."""
+        size = self.sizes[-1] if size is None else size
+        if size not in self.sizes:
+            raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
+        return size
+
+    # --- what one can do with (z_i, x_T): §3
+
+    invert = manipulations.invert
+    mix = manipulations.mix
+    vary = manipulations.vary
+    interpolate = manipulations.interpolate
+    edit = manipulations.edit
+    reconstruct = manipulations.reconstruct
+    study = manipulations.study
+    probe = manipulations.probe
+    img2img = manipulations.img2img
+
     # --- the call
 
     @torch.no_grad()
@@ -331,6 +345,8 @@ class UnCLIP(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
         prior: PriorName | None = None,
+        negative_prompt: str | None = None,
+        best_of: int = 1,
     ) -> UnCLIPOutput:
         """Draws `num_images` pictures of each prompt; the pictures of a prompt have the seeds seed, seed + 1, …
 
@@ -338,44 +354,37 @@ class UnCLIP(DiffusionPipeline):
         see `settings`. z_i (prompts · num_images, d) stands in for the prior's, or that of `image`, a picture for each
         prompt (as `encode_image` takes them); prompts may then be left out. generator: draws the seed instead of
         `seed`; a list, one for each picture: all noise of a picture, stage after stage, is its generator's. prior: see
-        `settings`. Raises ValueError or TypeError, before any work, for arguments out of range.
+        `settings`.
+
+        A prompt may have parts with weights, "a cat:1.5 | a dog" (`unclip.prompts`). negative_prompt: what guidance
+        leads away from, where it is on. best_of: each picture is, of so many drawings of successive seeds, the one that
+        CLIP finds nearest to the prompt. Raises ValueError or TypeError, before any work, for arguments out of range.
         """
         prompts, given, asked = check_request(prompt, image, z_i, num_images)
-        seeds = check_seeds(seed, num_images, generator, asked)
-        size = self.sizes[-1] if size is None else size
-        if size not in self.sizes:
-            raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type {output_type!r} is unknown; give 'pil', 'np' or 'pt'.")
+        check_seeds(seed, num_images)
+        seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts), generator, asked)
+        size, output_type = self.check_size(size), check_output_type(output_type)
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps, prior)
-        if z_i is not None and tuple(z_i.shape) != (len(seeds), self.decoder.config["z_i_width"]):
-            raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({len(seeds)}, {self.decoder.config['z_i_width']}).")
+        negative_prompt = check_negative(negative_prompt, settings)
+        rows = len(seeds) // best_of
+        if z_i is not None and tuple(z_i.shape) != (rows, self.decoder.config["z_i_width"]):
+            raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({rows}, {self.decoder.config['z_i_width']}).")
         if self.prior is None and z_i is None and given is None:
             raise ValueError("this model has no prior: give image or z_i.")
 
-        text = None
-        if prompts is not None:
-            text = TextFeatures(*(part.repeat_interleave(num_images, 0) for part in self.encode_text(prompts)))
         if given is not None:
             z_i = self.encode_image(given).repeat_interleave(num_images, 0)
-        if z_i is None:
-            assert text is not None  # check_request
-            z_i = self.sample_z_i(text, seeds, settings["prior"], callback)
-        z_i = z_i.to(self.clip.device)
-        stages: dict[int, Tensor] = {}
-        x = z_i
-        for side, name in self.networks.items():
-            if side > size:
-                break
-            if name == "decoder":
-                x = self.decode(z_i, text, seeds, settings[name], callback)
-            else:
-                x = self.upsample(x, side, seeds, settings[name], callback)
-            stages[side] = x.cpu()
-        self.maybe_free_model_hooks()
-        pictures = {side: as_type(x, output_type) for side, x in stages.items()}
-        numbers = [s.initial_seed() if isinstance(s, torch.Generator) else s for s in seeds]
-        return UnCLIPOutput(pictures[size], z_i.float().cpu(), pictures, numbers)
+        if prompts is None:
+            assert z_i is not None  # check_request
+            x = self.decode(z_i, None, seeds, settings["decoder"], callback)
+            return finish(self, x, z_i, seeds, size, settings, output_type, callback)
+        z_i = None if z_i is None else z_i.repeat_interleave(best_of, 0)
+        meant = embed_prompts(self, prompts, seeds, settings["prior"], callback, negative_prompt, z_i)
+        x, z_i = decode_prompts(self, meant, seeds, settings["decoder"], callback, negative_prompt), meant.z_i
+        if best_of > 1:
+            kept = best_rows(self.encode_image(x), meant.z_t, best_of)
+            x, z_i, seeds = x[kept], z_i[kept], [seeds[i] for i in kept]
+        return finish(self, x, z_i, seeds, size, settings, output_type, callback)
 
     def sampler(self, stage: str, settings: StageSettings) -> Any:
         """The scheduler that samples a stage under these settings."""

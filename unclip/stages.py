@@ -1,15 +1,16 @@
-"""One network's sampling: what a stage of the pipeline does once its conditions are there."""
+"""One network's sampling, once its conditions are there; and what comes out of the last."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.arguments import Callback, cast, finite, reporter
+from unclip.arguments import Callback, OutputType, Pictures, as_type, cast, finite, reporter
 from unclip.core.sampling import (
     Denoise,
     Seed,
@@ -27,6 +28,21 @@ if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
 
 
+@dataclass
+class UnCLIPOutput:
+    """What a call returns; every list runs over prompts, then over each prompt's pictures.
+
+    images: pictures at the size asked for; stages: the same at every size up to it, by side; image_embeds: z_i (b, d);
+    seeds: of each picture. Pictures are PIL images ("pil"), float arrays (b, h, w, 3) in [0, 1] ("np"), or float
+    tensors (b, 3, h, w) in [−1, 1] ("pt"). In place of a generator's picture's seed stands the generator's.
+    """
+
+    images: Pictures
+    image_embeds: Tensor
+    stages: dict[int, Pictures]
+    seeds: list[int]
+
+
 def run_stage(
     pipe: UnCLIP,
     name: str,
@@ -38,16 +54,20 @@ def run_stage(
     x_T: Tensor | None = None,
     stage: str | None = None,
     draw: tuple[int, int] = (0, 1),
+    negative: str | None = None,
 ) -> Tensor:
     """One network's sampling, `batch_size` pictures at a time: (b, *shape) in float32 on the network's device.
 
     Where the pipeline has a network `<name>_last`, that one makes the last step. stage: the name its noise is drawn
-    under; draw: which of how many runs of this stage this is, for the callback.
+    under; draw: which of how many runs of this stage this is, for the callback; negative: a prompt in the place of
+    none, for the unconditional half of guidance.
     """
     net, last, at_once = getattr(pipe, name), getattr(pipe, f"{name}_last", None), pipe.batch_size[name]
     scheduler = pipe.sampler(name, settings)
     steps = resolve_timesteps(scheduler, settings.steps)
-    device = place(net)
+    device, against = place(net), None
+    if negative and negative.strip() and "text" in conditions and settings.guidance_scale != 1:
+        conditions, against = padded_alike(conditions, caption(pipe, [negative], conditions["text"].shape[1]))
     results, batches = [], -(-len(seeds) // at_once)
     for batch in range(batches):
         rows = slice(batch * at_once, (batch + 1) * at_once)
@@ -55,7 +75,7 @@ def run_stage(
         drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
         noise = (drawn if x_T is None else x_T[rows].float()).to(device)
         context = net.encode_context(**{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
-        null = null_context(pipe, name, conditions, len(noise)) if settings.guidance_scale != 1 else None
+        null = null_context(pipe, name, conditions, len(noise), against) if settings.guidance_scale != 1 else None
         denoise = guided(net, context, null, settings.guidance_scale)
         if last is not None:
             denoise = ending(denoise, guided(last, context, null, settings.guidance_scale), steps[-1])
@@ -92,29 +112,71 @@ def run_autoregressive(
     return finite(torch.cat(results), "prior_ar", net.dtype)
 
 
+def finish(
+    pipe: UnCLIP,
+    x: Tensor,
+    z_i: Tensor,
+    seeds: Sequence[Seed],
+    size: int,
+    settings: Mapping[str, StageSettings],
+    output_type: OutputType = "pil",
+    callback: Callback | None = None,
+) -> UnCLIPOutput:
+    """The decoder's pictures x (b, 3, s, s) upsampled to `size`, and what they were drawn from."""
+    stages = {pipe.sizes[0]: x.cpu()}
+    for side in pipe.sizes[1:]:
+        if side <= size:
+            x = pipe.upsample(x, side, seeds, settings[pipe.networks[side]], callback)
+            stages[side] = x.cpu()
+    pipe.maybe_free_model_hooks()
+    pictures = {side: as_type(x, output_type) for side, x in stages.items()}
+    numbers = [s.initial_seed() if isinstance(s, torch.Generator) else s for s in seeds]
+    return UnCLIPOutput(pictures[size], z_i.float().cpu(), pictures, numbers)
+
+
 def ending(denoise: Denoise, last: Denoise, step: int) -> Denoise:
     """A denoise that is `last` at `step`, and `denoise` at all others."""
     return lambda x_t, t: (last if int(t[0]) == step else denoise)(x_t, t)
 
 
-def null_context(pipe: UnCLIP, name: str, conditions: Mapping[str, Tensor], rows: int) -> Any:
-    """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change."""
+def padded_alike(
+    conditions: Mapping[str, Tensor], against: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Conditions with as many tokens as those they are guided away from, and of those what the network takes."""
+    missing = against["text"].shape[1] - conditions["text"].shape[1]
+    text, mask = F.pad(conditions["text"], (0, 0, 0, missing)), F.pad(conditions["text_mask"], (0, missing))
+    return {**conditions, "text": text, "text_mask": mask}, {k: v for k, v in against.items() if k in conditions}
+
+
+def null_context(
+    pipe: UnCLIP,
+    name: str,
+    conditions: Mapping[str, Tensor],
+    rows: int,
+    against: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change.
+
+    against: a negative prompt's conditions in the caption's place, one row; its context is not kept.
+    """
     if name not in ("prior", "decoder"):
         return None
     net, kept = getattr(pipe, name), pipe._null_contexts
     empty_prompt = not net.config["learned_null"] if name == "prior" else net.config["z_t_width"] is not None
     mark = fingerprint(net) + (fingerprint(pipe.clip) if empty_prompt else ())
     key = (name, conditions["text"].shape[1] if "text" in conditions else 0)
-    if kept.get(key, (None, None))[0] != mark:
+    if against is not None or kept.get(key, (None, None))[0] != mark:
         device = place(net)
         null = {k: torch.zeros_like(v[:1]) for k, v in conditions.items()}
         drops = [] if name == "prior" else ["drop_z_i"]
-        if empty_prompt:
-            null |= {k: v.to(null[k].device) for k, v in caption(pipe, [""], key[1]).items()}
+        if against is not None or empty_prompt:
+            null |= against or caption(pipe, [""], key[1])
         elif name == "prior" or "text" in conditions:
             drops.append("drop_text")
-        dropped = {drop: torch.ones(1, dtype=torch.bool, device=device) for drop in drops}
-        context = net.encode_context(**{k: cast(v, device, net.dtype) for k, v in null.items()}, **dropped)
+        null |= {drop: torch.ones(1, dtype=torch.bool) for drop in drops}
+        context = net.encode_context(**{k: cast(v, device, net.dtype) for k, v in null.items()})
+        if against is not None:
+            return repeat_context(context, rows)
         kept[key] = (mark, context)
     return repeat_context(kept[key][1], rows)
 

@@ -1,0 +1,372 @@
+"""What one can do with a picture's (z_i, x_T) (§3): take it apart, vary, interpolate, edit, compare.
+
+Functions over a pipeline, which has them as methods: `pipe.vary(picture, n=4)`. What an operation may start from, and
+the options that all of them take, are in `unclip.sources`. What was inverted is decoded by DDIM over the same steps,
+without the caption, at guidance 1 unless asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unclip.arguments import Callback, check_prompts
+from unclip.clip.model import TextFeatures
+from unclip.core.diffusion import Diffusion
+from unclip.core.sampling import Seed, picture_generators, resolve_timesteps, starting_noise
+from unclip.latents import Latent, slerp, text_difference, weighted_mean
+from unclip.presets import StageSettings
+from unclip.prompts import decode_prompts, embed_prompts
+from unclip.sources import (
+    STEPS,
+    Frame,
+    Options,
+    Picture,
+    Plan,
+    Source,
+    as_pixels,
+    ddim_settings,
+    make_plan,
+    on_white,
+    read_source,
+    square,
+    with_alpha,
+)
+from unclip.stages import UnCLIPOutput, finish
+
+if TYPE_CHECKING:
+    from unclip.pipeline import UnCLIP
+
+COMPONENTS = (20, 30, 40, 80, 120, 160, 200, 320)
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+
+
+class Probe(NamedTuple):
+    """Variations of a picture, and the probability of each label for it (row 0) and for them: (1 + n, labels)."""
+
+    output: UnCLIPOutput
+    probabilities: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ taking apart
+
+
+@torch.no_grad()
+def invert(
+    pipe: UnCLIP,
+    images: Picture | Sequence[Picture],
+    steps: int | Sequence[int] = STEPS,
+    guidance_scale: float = 1.0,
+    frame: Frame = "crop",
+    callback: Callback | None = None,
+) -> Latent:
+    """(z_i, x_T) of pictures of any size and mode: z_i (b, d) by CLIP, x_T (b, 3, s, s) by inverting DDIM (§3).
+
+    steps: how many, or the list, falling, of decoding it. Decoded over the same steps at η = 0 and the
+    same guidance it gives the picture back, the closer the more steps. Transparency becomes white. Raises ValueError,
+    TypeError, or FileNotFoundError for what is no picture.
+    """
+    settings = ddim_settings(pipe, steps, guidance_scale)
+    rows = [images] if isinstance(images, Picture) else list(images)
+    if not rows:
+        raise ValueError("no pictures came; give at least one.")
+    pictures = [square(image, _side_seen(pipe), frame) for image in rows]
+    x0 = torch.cat([on_white(picture, _side_drawn(pipe)) for picture in pictures])
+    z_i = pipe.encode_image(pictures)
+    assert isinstance(settings.steps, tuple)  # ddim_settings
+    settings = replace(settings, solver="ddim_inverse", steps=settings.steps[::-1])
+    x_T = pipe.decode(z_i, None, [0] * len(x0), settings, callback, x0)  # no noise is drawn: seeds are for form
+    return Latent(z_i.float().cpu(), x_T.cpu())
+
+
+def embed(pipe: UnCLIP, source: Source, plan: Plan) -> Tensor:
+    """z_i (1, d) of a picture, of a caption (the prior's, at the plan's first seed), of a latent."""
+    source = read_source(source)
+    if isinstance(source, Latent):
+        return source.z_i
+    if isinstance(source, Image.Image):
+        return pipe.encode_image(square(source, _side_seen(pipe), plan.frame)).float().cpu()
+    return embed_prompts(pipe, [source], plan.seeds[:1], plan.settings["prior"], plan.callback).z_i.cpu()
+
+
+def locate(pipe: UnCLIP, source: Source, plan: Plan) -> Latent:
+    """The latent of a picture, by inversion; of a caption, the prior's z_i and x_T of the plan's first seed."""
+    source = read_source(source)
+    if isinstance(source, Latent):
+        return source
+    if isinstance(source, Image.Image):
+        return invert(pipe, source, plan.ddim.steps, plan.ddim.guidance_scale, plan.frame, plan.callback)
+    return Latent(embed(pipe, source, plan), _noise(pipe, plan.seeds[:1]))
+
+
+@torch.no_grad()
+def mix(
+    pipe: UnCLIP, sources: Sequence[Source], weights: Sequence[float] | None = None, **options: Unpack[Options]
+) -> Tensor:
+    """One z_i (1, d) of several pictures and captions: their weighted mean on the sphere, of two their slerp.
+
+    weights: one for each, all 1 if left out. `pipe.vary` draws it. Raises ValueError for what does not fit.
+    """
+    if isinstance(sources, Source) or not sources:
+        raise ValueError(f"{sources!r} came to be mixed; give a list of pictures and captions.")
+    plan = make_plan(pipe, options)
+    weights = [1.0] * len(sources) if weights is None else weights
+    return weighted_mean(torch.stack([embed(pipe, source, plan) for source in sources]), weights)
+
+
+# ------------------------------------------------------------------------------------------------ operations
+
+
+@torch.no_grad()
+def vary(
+    pipe: UnCLIP,
+    source: Source | Tensor,
+    n: int = 4,
+    eta: float = 1.0,
+    keep_alpha: bool = False,
+    **options: Unpack[Options],
+) -> UnCLIPOutput:
+    """n pictures with the source's z_i and x_T: what CLIP saw stays, the rest is drawn anew as far as η goes (§3.1).
+
+    source: a picture, a caption, a latent, or a z_i (1, d), such as `mix` gives, whose x_T is drawn; eta: from 0,
+    which reconstructs the picture n times, to 1; keep_alpha: results get the picture's transparency. Result i has the
+    seed seed + i.
+    """
+    plan = make_plan(pipe, options, n)
+    settings = ddim_settings(pipe, plan.ddim.steps, plan.ddim.guidance_scale, eta)
+    alpha = _alpha_of(source, plan) if keep_alpha else None
+    if isinstance(source, Tensor):
+        latent = Latent(source.expand(n, -1), _noise(pipe, plan.seeds))
+    else:
+        latent = locate(pipe, source, plan).repeat(n)
+    x = pipe.decode(latent.z_i, None, plan.seeds, settings, plan.callback, latent.x_T)
+    return _finish(pipe, x, latent.z_i, plan.seeds, plan, alpha)
+
+
+@torch.no_grad()
+def interpolate(
+    pipe: UnCLIP,
+    a: Source,
+    b: Source,
+    n: int = 8,
+    x_T: Literal["slerp", "fixed"] = "slerp",
+    **options: Unpack[Options],
+) -> UnCLIPOutput:
+    """n pictures from a to b, each a picture, a caption or a latent, by slerp of z_i (§3.2).
+
+    x_T: "slerp" goes from a's to b's, so that the ends are the reconstructions of both; "fixed" is one drawn from the
+    seed, so that only what CLIP sees changes. All pictures have the one seed.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ValueError(f"n is {n!r}; an interpolation has at least its 2 ends.")
+    if x_T not in ("slerp", "fixed"):
+        raise ValueError(f"x_T is {x_T!r}; give 'slerp' or 'fixed'.")
+    plan = make_plan(pipe, options)
+    if x_T == "fixed":
+        noise = _noise(pipe, plan.seeds)
+        start, end = (Latent(embed(pipe, source, plan), noise).repeat(n) for source in (a, b))
+    else:
+        start, end = (locate(pipe, source, plan).repeat(n) for source in (a, b))
+    t = torch.linspace(0, 1, n, dtype=torch.float64)
+    latent = Latent(slerp(start.z_i, end.z_i, t), slerp(start.x_T, end.x_T, t))
+    x = pipe.decode(latent.z_i, None, plan.seeds * n, plan.ddim, plan.callback, latent.x_T)
+    return _finish(pipe, x, latent.z_i, plan.seeds * n, plan)
+
+
+@torch.no_grad()
+def edit(
+    pipe: UnCLIP,
+    source: Source,
+    caption: str,
+    from_caption: str | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    keep_alpha: bool = False,
+    **options: Unpack[Options],
+) -> UnCLIPOutput:
+    """Text diffs (§3.3): z_i turned towards z_d = norm(z_t − z_t0) by slerp(z_i, z_d, θ), x_T as it was.
+
+    caption: what the picture shall show, z_t; from_caption: what it shows, z_t0, the empty caption if left out;
+    strengths: θ of each result, 0 … 1; 0 reconstructs, the paper goes up to 0.25 … 0.5. Raises ValueError where both
+    captions are one.
+    """
+    check_prompts(caption)
+    check_fractions("a strength", strengths)
+    plan = make_plan(pipe, options)
+    alpha = _alpha_of(source, plan) if keep_alpha else None
+    z_t, z_t0 = (F.normalize(pipe.encode_text(c).z_t.float(), dim=-1).cpu() for c in (caption, from_caption or ""))
+    direction = text_difference(z_t, z_t0)
+    n = len(strengths)
+    latent = locate(pipe, source, plan).repeat(n)
+    # as long as z_i is: not every CLIP's embeddings have unit norm
+    direction = direction * latent.z_i.norm(dim=-1, keepdim=True)
+    z_i = slerp(latent.z_i, direction, torch.tensor([float(s) for s in strengths], dtype=torch.float64))
+    x = pipe.decode(z_i, None, plan.seeds * n, plan.ddim, plan.callback, latent.x_T)
+    return _finish(pipe, x, z_i, plan.seeds * n, plan, alpha)
+
+
+@torch.no_grad()
+def reconstruct(
+    pipe: UnCLIP,
+    source: Source,
+    components: Sequence[int] | None = None,
+    keep_alpha: bool = False,
+    **options: Unpack[Options],
+) -> UnCLIPOutput:
+    """Pictures of z_i's first principal components alone (§3, Fig. 7), all from the noise of one seed.
+
+    components: how many, for each result; the paper's counts as far as the model's basis goes, and all, if left out. A
+    projected z_i is brought back to its norm. Raises ValueError where the model has no basis, or not so many.
+    """
+    plan = make_plan(pipe, options)
+    counts = component_counts(pipe, components)
+    alpha = _alpha_of(source, plan) if keep_alpha else None
+    z_i = embed(pipe, source, plan)
+    basis: Any = pipe.pca
+    parts = torch.cat([basis.project(z_i.to(basis.mean.device), k).cpu() for k in counts])
+    parts = F.normalize(parts, dim=-1) * z_i.norm(dim=-1, keepdim=True)
+    seeds = plan.seeds * len(counts)
+    x = pipe.decode(parts, None, seeds, plan.ddim, plan.callback)
+    return _finish(pipe, x, parts, seeds, plan, alpha)
+
+
+@torch.no_grad()
+def study(pipe: UnCLIP, caption: str, n: int = 4, **options: Unpack[Options]) -> dict[str, UnCLIPOutput]:
+    """What the prior is for (Fig. 8): n pictures, from the same noise, by three conditions of the same decoder.
+
+    "caption": the caption alone, z_i dropped; "text embedding": the caption, and its z_t in z_i's place; "prior": the
+    caption and the prior's z_i, which is what `pipe(caption)` draws.
+    """
+    plan = make_plan(pipe, options, n)
+    text = TextFeatures(*(x.repeat_interleave(n, 0) for x in pipe.encode_text(check_prompts(caption))))
+    z_i = pipe.sample_z_i(text, plan.seeds, plan.settings["prior"], plan.callback)
+    results = {}
+    for name, given in {"caption": None, "text embedding": text.z_t.float(), "prior": z_i}.items():
+        x = pipe.decode(given, text, plan.seeds, plan.settings["decoder"], plan.callback)
+        results[name] = _finish(pipe, x, torch.zeros_like(z_i) if given is None else given, plan.seeds, plan)
+    return results
+
+
+@torch.no_grad()
+def probe(
+    pipe: UnCLIP,
+    image: Picture,
+    labels: Sequence[str],
+    n: int = 4,
+    eta: float = 1.0,
+    keep_alpha: bool = False,
+    **options: Unpack[Options],
+) -> Probe:
+    """Typographic attacks (§3.4): variations of a picture, and CLIP's probability of each label for it and for them.
+
+    A variation is judged as the decoder drew it, before the upsamplers.
+    """
+    labels = check_prompts(labels)
+    picture = square(image, _side_seen(pipe), make_plan(pipe, options).frame)
+    output = vary(pipe, image, n, eta, keep_alpha, **options)
+    seen = (on_white(picture), as_pixels(output.stages[_side_drawn(pipe)]))
+    probabilities = [pipe.clip.zero_shot(x.to(pipe.clip.device), labels).float().cpu() for x in seen]
+    return Probe(output, torch.cat(probabilities))
+
+
+@torch.no_grad()
+def img2img(
+    pipe: UnCLIP,
+    image: Picture,
+    prompt: str,
+    strength: float = 0.5,
+    n: int = 1,
+    keep_alpha: bool = False,
+    **options: Unpack[Options],
+) -> UnCLIPOutput:
+    """n pictures of the prompt that start from the picture, noised, in noise's place (SDEdit, arXiv 2108.01073).
+
+    strength: the noise level at which the decoder takes over: 0 leaves the picture, 1 draws as `pipe(prompt)` does.
+    """
+    check_fractions("strength", [strength])
+    plan = make_plan(pipe, options, n)
+    alpha = _alpha_of(image, plan) if keep_alpha else None
+    x = on_white(square(image, _side_drawn(pipe), plan.frame)).expand(n, -1, -1, -1)
+    conditions = embed_prompts(pipe, check_prompts(prompt), plan.seeds, plan.settings["prior"], plan.callback)
+    settings = plan.settings["decoder"]
+    if steps := _steps_below(pipe, settings, strength):
+        diffusion = Diffusion.from_scheduler(pipe.decoder_scheduler)
+        x_t = diffusion.add_noise(x, _noise(pipe, plan.seeds), torch.full((n,), steps[0]))
+        settings = replace(settings, steps=steps)
+        x = decode_prompts(pipe, conditions, plan.seeds, settings, plan.callback, x_T=x_t)
+    return _finish(pipe, x, conditions.z_i, plan.seeds, plan, alpha)
+
+
+def component_counts(pipe: UnCLIP, components: Sequence[int] | None = None) -> list[int]:
+    """What `reconstruct` draws. Raises ValueError where the model has no basis, or not so many components."""
+    basis: Any = getattr(pipe, "pca", None)
+    if basis is None:
+        raise ValueError("this model has no principal components; fit them by `unclip pca fit`.")
+    most = len(basis.components)
+    counts = [*(k for k in COMPONENTS if k < most), most] if components is None else list(components)
+    if not counts or any(isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most for k in counts):
+        raise ValueError(f"components are {counts}; this model has {most}, give whole numbers from 1 to that.")
+    return counts
+
+
+def check_fractions(name: str, values: Sequence[float]) -> None:
+    """Raises ValueError unless there are values, all of them numbers in [0, 1]."""
+    if not len(values):
+        raise ValueError(f"{name} is missing; give a number from 0 to 1, or several.")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
+
+
+# ------------------------------------------------------------------------------------------------ inside
+
+
+def _side_drawn(pipe: UnCLIP) -> int:
+    return pipe.sizes[0]
+
+
+def _side_seen(pipe: UnCLIP) -> int:
+    """Of the square that a picture is brought to: what CLIP sees, or what the decoder draws where that is more."""
+    return max(pipe.clip.image_size, _side_drawn(pipe))
+
+
+def _noise(pipe: UnCLIP, seeds: Sequence[Seed]) -> Tensor:
+    """x_T (b, 3, s, s) as the decoder draws it for these seeds."""
+    side = _side_drawn(pipe)
+    return starting_noise((3, side, side), picture_generators(seeds, "decoder"))
+
+
+def _steps_below(pipe: UnCLIP, settings: StageSettings, strength: float) -> tuple[int, ...]:
+    """The end of the decoder's steps that is below a part of the noise levels."""
+    sampler = pipe.sampler("decoder", settings)
+    steps = resolve_timesteps(sampler, settings.steps)
+    level = strength * int(sampler.config["num_train_timesteps"])
+    above = [i for i, t in enumerate(steps) if t >= level]
+    return tuple(steps[above[-1] + 1 :] if above else steps)
+
+
+def _alpha_of(source: Source | Tensor, plan: Plan) -> Image.Image:
+    """The picture whose transparency results get. Raises ValueError where there is none."""
+    picture = None if isinstance(source, Tensor) else read_source(source)
+    if not isinstance(picture, Image.Image) or plan.output_type != "pil":
+        raise ValueError(
+            "keep_alpha came without a picture to keep it of, or for other than PIL pictures; leave it out."
+        )
+    return picture
+
+
+def _finish(
+    pipe: UnCLIP, x: Tensor, z_i: Tensor, seeds: list[Seed], plan: Plan, alpha_of: Image.Image | None = None
+) -> UnCLIPOutput:
+    """The decoder's pictures at the size asked for, with the transparency of a picture if one is given."""
+    output = finish(pipe, x, z_i, seeds, plan.size, plan.settings, plan.output_type, plan.callback)
+    if alpha_of is not None:
+        for pictures in output.stages.values():
+            assert isinstance(pictures, list)  # _alpha_of
+            pictures[:] = with_alpha(pictures, alpha_of, plan.frame)
+    return output
