@@ -1,0 +1,232 @@
+"""Do variations keep the concept, do interpolations go evenly, do text diffs change what they name?
+
+None of it is judged by the CLIP that steers: variations and interpolations are by the features of a network that takes
+no part in training (`features.py`), text diffs by the program that reads pictures of the shapes world (`shapes.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unclip.core.files import write_json
+from unclip.corpora.shapes import COLOURS, SHAPES, Scene, captions_of, draw, scenes
+from unclip.evals.concepts import Gallery, corpus_features, trained_concepts
+from unclip.evals.corpus import SIDE, load_corpus, to_bytes
+from unclip.evals.features import Featurize, Judge
+from unclip.evals.inversion import choose
+from unclip.evals.shapes import Reading, read
+from unclip.evals.sheets import to_images
+
+if TYPE_CHECKING:
+    from unclip.arguments import Callback, DTypeName
+    from unclip.pipeline import UnCLIP
+
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+FRAMES = 9
+EVEN = 0.9
+
+
+# ------------------------------------------------------------------------------------------------ variations, ways
+
+
+def rank_correlation(values: Sequence[float]) -> float:
+    """Spearman's correlation of values with their places: 1 where they rise all the way. Equal values share a rank."""
+    if len(set(values)) < 2:
+        return 0.0
+    ordered = sorted(values)
+    ranks = [ordered.index(v) + (ordered.count(v) - 1) / 2 for v in values]
+    return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
+
+
+def measure_variations(
+    pipe: UnCLIP,
+    pictures: Sequence[Image.Image],
+    index: Sequence[int],
+    gallery: Gallery,
+    featurize: Featurize,
+    eta: float = 1.0,
+    **options: Any,
+) -> dict[str, Any]:
+    """How often a reconstruction and a variation are nearest to the picture's concept, and the second given the first.
+
+    index: each picture's row in the gallery, which is left out of its concept's mean.
+    """
+    seed, hits = options.pop("seed", 0), {}
+    for name, amount in (("reconstructions", 0.0), ("variations", eta)):
+        drawn = [pipe.vary(p, 1, amount, seed=seed + i, output_type="pt", **options) for i, p in enumerate(pictures)]
+        features = featurize(to_bytes(torch.cat([cast(Tensor, result.images) for result in drawn])))
+        hits[name] = gallery.ranks(features, torch.tensor(list(index)))
+    figures: dict[str, Any] = {"count": len(pictures), "eta": eta}
+    for k in (1, 5):
+        right, still = hits["reconstructions"] < k, hits["variations"] < k
+        figures[f"top{k}"] = {
+            "reconstructions": round(float(right.float().mean()), 4),
+            "variations": round(float(still.float().mean()), 4),
+            "kept": round(float((right & still).sum() / right.sum().clamp(min=1)), 4),
+        }
+    return figures
+
+
+def measure_interpolations(
+    pipe: UnCLIP,
+    pairs: Sequence[tuple[Image.Image, Image.Image]],
+    featurize: Featurize,
+    centre: Tensor,
+    frames: int = FRAMES,
+    **options: Any,
+) -> dict[str, Any]:
+    """Rank correlation of position with how much nearer to the last frame than to the first the features are.
+
+    centre (d,): what is taken off all features, the corpus's mean.
+    """
+    correlations = []
+    for a, b in pairs:
+        x = cast(Tensor, pipe.interpolate(a, b, frames, output_type="pt", **options).images)
+        f = F.normalize(featurize(to_bytes(x)) - centre, dim=-1)
+        correlations.append(rank_correlation((f @ f[-1] - f @ f[0]).tolist()))
+    values = torch.tensor(correlations)
+    return {
+        "pairs": len(pairs),
+        "frames": frames,
+        "mean": round(float(values.mean()), 4),
+        "least": round(float(values.min()), 4),
+        f"at_least_{EVEN}": round(float((values >= EVEN).float().mean()), 4),
+    }
+
+
+def evaluate(
+    model: str | None,
+    corpus: str | Path = "corpora/emoji-64",
+    split: str = "test-pair",
+    count: int = 50,
+    steps: int = 100,
+    seed: int = 0,
+    json_path: Path | None = None,
+    device: str | None = None,
+    dtype: DTypeName | None = None,
+    callback: Callback | None = None,
+) -> dict[str, Any]:
+    """`unclip evals variations`: both measures of a model (None: the embedded one) on held-out drawings.
+
+    count: drawings that are varied, and pairs of successive ones. Raises ValueError, FileNotFoundError.
+    """
+    from unclip.folder import find_model
+    from unclip.pipeline import UnCLIP
+
+    folder, name = find_model(model)
+    real = load_corpus(corpus)
+    held_out = [drawing for drawing in real.drawings if drawing.split == split]
+    rows = choose(held_out, count, trained_concepts(folder), seed)
+    judge = Judge()
+    gallery = Gallery(corpus_features(real, featurize=judge), [drawing.concept for drawing in real.drawings])
+    pipe = UnCLIP.from_pretrained(model, dtype, device)
+    pictures = to_images(real.pictures(rows))
+    options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
+    pairs = list(zip(pictures, [*pictures[1:], pictures[0]], strict=True))
+    figures = {
+        "model": name,
+        "split": split,
+        "steps": steps,
+        "seed": seed,
+        "variations": measure_variations(pipe, pictures, rows, gallery, judge, **options),
+        "interpolations": measure_interpolations(pipe, pairs, judge, gallery.centre, **options),
+    }
+    if json_path is not None:
+        write_json(figures, json_path)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------------ text diffs
+
+
+class Edit(NamedTuple):
+    """A scene, and which part of it is to become what."""
+
+    scene: Scene
+    part: str  # "colour" or "shape"
+    target: str
+
+    @property
+    def captions(self) -> tuple[str, str]:
+        """The barest caption of the scene as it is, and as it is to be."""
+        return captions_of(self.scene)[0], captions_of(self.scene._replace(**{self.part: self.target}))[0]
+
+
+def choose_edits(count: int, seed: int = 0) -> list[Edit]:
+    """Scenes of all kinds, of which every other one is to change its colour, the rest their shape."""
+    rng = np.random.default_rng(seed)
+    edits = []
+    for i, scene in enumerate(scenes(count, seed)):
+        part = ("colour", "shape")[i % 2]
+        others = [value for value in (COLOURS, SHAPES)[i % 2] if value != getattr(scene, part)]
+        edits.append(Edit(scene, part, others[rng.integers(len(others))]))
+    return edits
+
+
+def score(edits: Sequence[Edit], readings: Sequence[Reading | None]) -> dict[str, float]:
+    """How often the named part has become what it was to be, the other is what it was, both, and nothing is read."""
+    changed, kept = [], []
+    for edit, reading in zip(edits, readings, strict=True):
+        other = "shape" if edit.part == "colour" else "colour"
+        changed.append(reading is not None and getattr(reading, edit.part) == edit.target)
+        kept.append(reading is not None and getattr(reading, other) == getattr(edit.scene, other))
+    both = [a and b for a, b in zip(changed, kept, strict=True)]
+    refused = [reading is None for reading in readings]
+    rates = {"changed": changed, "kept": kept, "both": both, "refused": refused}
+    return {name: round(float(np.mean(values)), 4) for name, values in rates.items()}
+
+
+def measure_edits(
+    pipe: UnCLIP, edits: Sequence[Edit], strengths: Sequence[float] = STRENGTHS, **options: Any
+) -> dict[str, Any]:
+    """`score` at each strength, for all edits and for those of each part; `best`: where changed and kept both are high.
+
+    The best single strength is the one at which the lower of the two rates is highest.
+    """
+    readings: list[list[Reading | None]] = []
+    for edit in edits:
+        before, after = edit.captions
+        drawn = pipe.edit(draw(edit.scene, SIDE), after, before, strengths, output_type="pt", **options)
+        readings.append([read(x) for x in cast(Tensor, drawn.images)])
+    table = {}
+    for i, strength in enumerate(strengths):
+        row: dict[str, Any] = score(edits, [found[i] for found in readings])
+        for part in ("colour", "shape"):
+            some = [(edit, found[i]) for edit, found in zip(edits, readings, strict=True) if edit.part == part]
+            row[part] = score([edit for edit, _ in some], [reading for _, reading in some])
+        table[f"{strength:g}"] = row
+    best = max(table, key=lambda strength: min(table[strength]["changed"], table[strength]["kept"]))
+    return {"count": len(edits), "best": best, "strengths": table}
+
+
+def evaluate_edits(
+    model: str | None,
+    count: int = 100,
+    strengths: Sequence[float] = STRENGTHS,
+    steps: int = 100,
+    seed: int = 0,
+    json_path: Path | None = None,
+    device: str | None = None,
+    dtype: DTypeName | None = None,
+    callback: Callback | None = None,
+) -> dict[str, Any]:
+    """`unclip evals edits`: text diffs of a model of the shapes world. Raises ValueError, FileNotFoundError."""
+    from unclip.pipeline import UnCLIP
+
+    if count < 2:
+        raise ValueError(f"count={count} came; give at least 2, half to change their colour and half their shape.")
+    pipe = UnCLIP.from_pretrained(model, dtype, device)
+    options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
+    figures = {"model": pipe.model_name, "steps": steps, "seed": seed}
+    figures |= measure_edits(pipe, choose_edits(count, seed), strengths, **options)
+    if json_path is not None:
+        write_json(figures, json_path)
+    return figures
