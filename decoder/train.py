@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.config import TrainConfig, main
-from unclip.core.data import DataConfig, draw_pictures_and_captions
+from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, save_scheduler, train
+from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
 
 
 @dataclass
@@ -32,6 +31,8 @@ class DecoderConfig:
     weighting: Literal["none", "min_snr"] = "none"
     gamma: float = 5.0  # of min-SNR
     lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned
+    noisy_share: float = 0.0  # of the samples, with t drawn from the noisiest: `noisy_from` up
+    noisy_from: int = 700
     drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
     drop_text: float = 0.5
     remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
@@ -45,6 +46,24 @@ def encode(clip: RememberedCLIP, x0: Tensor, captions: list[str], z_i: Tensor | 
     return {"z_i": z_i.float(), "text": text.states.float(), "text_mask": text.mask}
 
 
+def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, noisy_from: int) -> Tensor:
+    """t (b,) of all steps alike, or for a share of the samples of the steps from `noisy_from` up.
+
+    Outlines are decided there, and each drawing's must be seen there often; less noise teaches what all drawings share.
+    Raises ValueError for a share outside [0, 1] or a step outside the schedule.
+    """
+    if not 0 <= noisy_share <= 1 or not 0 <= noisy_from < num_train_timesteps:
+        raise ValueError(
+            f"noisy_share is {noisy_share} and noisy_from {noisy_from}; expected a part in [0, 1] and a step below "
+            f"{num_train_timesteps}"
+        )
+    t = draws.integers(num_train_timesteps)
+    if noisy_share == 0:
+        return t
+    noisy = noisy_from + draws.integers(num_train_timesteps - noisy_from)
+    return torch.where(draws.uniform() < noisy_share, noisy, t)
+
+
 def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
     """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned."""
 
@@ -53,7 +72,7 @@ def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusi
         x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         # an embedding computed before is that of the picture on white
         conditions = encode(clip, x0, captions, None if config.data.background else batch.get("z_i"))
-        t = draws.integers(diffusion.num_train_timesteps)
+        t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
         output = model(
@@ -89,7 +108,7 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 def run(config: DecoderConfig) -> Path:
     """Trains a decoder; returns the folder of the exported network."""
     dataset, validation = datasets_of(config.data, config.validation)
-    device: Any = PartialState().device
+    device: Any = processes().device
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pict
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.files import whole_folder
 from unclip.core.sampling import guided, make_sampler
-from unclip.core.train import Batch, LossFn, check, datasets_of, save_scheduler, train
+from unclip.core.train import Batch, LossFn, check, datasets_of, processes, save_scheduler, train
 
 
 @dataclass
@@ -190,7 +189,7 @@ def estimate_variance(config: PriorConfig, clip: RememberedCLIP, dataset: ShardD
 def run(config: PriorConfig) -> Path:
     """Trains a prior, samples from it on the splits `evaluate`; returns the folder of the exported network."""
     dataset, validation = datasets_of(config.data, config.validation)
-    device: Any = PartialState().device
+    device: Any = processes().device
     clip = CLIP.from_pretrained(config.clip).to(device)
     remembered = RememberedCLIP(clip, config.remember)
     if config.estimate_variance:
@@ -209,7 +208,7 @@ def run(config: PriorConfig) -> Path:
             model.set_statistics(mean.cpu(), std.cpu())
         loss_fn = prior_loss(config, remembered, Diffusion.from_scheduler(scheduler).to(device))
     folder = train(config.train, model, loss_fn, dataset, validation)
-    if config.evaluate and PartialState().is_main_process:
+    if config.evaluate and processes().is_main_process:
         trained = type(model).from_pretrained(folder).to(device).eval()
         figures = {
             split: evaluate(trained, clip, scheduler, ShardDataset(replace(config.data, split=split, background=0.0)))

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
-from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, save_scheduler, train
+from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
 from upsamplers.degradations import bsr, downsample, gaussian_blur
 from upsamplers.upsampler import Upsampler
 
@@ -95,7 +94,7 @@ def run(config: UpsamplerConfig) -> Path:
     factor = model.config["factor"]
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)
-    device: Any = PartialState().device
+    device: Any = processes().device
     loss_fn = upsampler_loss(config, factor, Diffusion.from_scheduler(scheduler).to(device))
     return train(config.train, model, loss_fn, dataset, validation, upsampler_samples(config, factor, scheduler))
 

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers import PretrainedConfig
@@ -20,7 +19,7 @@ from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.train import Batch, LossFn, datasets_of, train
+from unclip.core.train import Batch, LossFn, datasets_of, processes, train
 
 Same = Literal["none", "caption", "concept"]
 
@@ -150,13 +149,14 @@ def run(config: CLIPConfig) -> Path:
     clip = CLIP.build(config.model, texts_of(dataset))
     if config.train.resume:
         check_resumed(clip, Path(config.train.out) / "model")
-    if str(PartialState().device) == "cpu":  # where plain products train two to six times as fast as the fused kernel
+    device: Any = processes().device
+    if device.type == "cpu":  # where plain products train two to six times as fast as the fused kernel
         for module in clip.modules():  # set_attn_implementation does not reach the towers inside a dual encoder
             if isinstance(config_of := getattr(module, "config", None), PretrainedConfig):
                 config_of._attn_implementation = "eager"
     folder = train(config.train, clip, clip_loss(config, clip), dataset, validation)
-    if splits and PartialState().is_main_process:
-        trained = CLIP.from_pretrained(folder).to(PartialState().device)
+    if splits and processes().is_main_process:
+        trained = CLIP.from_pretrained(folder).to(device)
         labels = sorted({meta["concept"] for data in (dataset, *splits.values()) for meta in data.meta})
         figures = {split: evaluate(trained, data, labels, config.templates) for split, data in splits.items()}
         (Path(config.train.out) / "evaluation.json").write_text(json.dumps(figures, indent=2))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -31,6 +31,11 @@ SampleFn = Callable[[nn.Module, Batch], Tensor]
 
 # What of a scheduler a network is trained with; the rest is for sampling
 TRAINED_WITH = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "variance_type")
+
+
+def processes() -> PartialState:
+    """This process among those a launcher started. accelerate joins processes on CPUs only where it is told so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 @functools.lru_cache(maxsize=2)
@@ -105,7 +110,7 @@ def check(config: TrainConfig, model: nn.Module | None = None) -> None:
 
     Raises FileNotFoundError where there is nothing to resume, else ValueError.
     """
-    world, out = PartialState().num_processes, Path(config.out)
+    world, out = processes().num_processes, Path(config.out)
     if config.steps < 1 or config.batch_size < 1 or config.accumulation < 1:
         raise ValueError(
             f"steps {config.steps}, batch_size {config.batch_size} and accumulation {config.accumulation} "
@@ -139,8 +144,8 @@ def save_scheduler(config: TrainConfig, model: nn.Module, scheduler: Any) -> Non
     folder = Path(config.out) / "scheduler"
     if config.resume:
         checkpoint.check_same(folder / "scheduler_config.json", scheduler.config, TRAINED_WITH)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
+    processes().wait_for_everyone()
+    if processes().is_main_process:
         checkpoint.export(scheduler, folder)
 
 
@@ -201,7 +206,10 @@ class _Run:
     def __init__(self, config: TrainConfig, model: nn.Module, dataset: Sized):
         self.config, self.out, self.length = config, Path(config.out), len(dataset)
         tracker = None if config.tracker == "none" else config.tracker
-        self.accelerator = Accelerator(mixed_precision=config.precision, log_with=tracker, project_dir=config.out)
+        device: Any = processes().device
+        self.accelerator = Accelerator(
+            cpu=device.type == "cpu", mixed_precision=config.precision, log_with=tracker, project_dir=config.out
+        )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         check(config, model)
         if self.length == 0:
