@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import closing
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from unclip import __version__
+from unclip import __version__, cli_latents
 from unclip.convert.commands import convert
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from unclip.arguments import Progress
+from unclip.evals.commands import evals
+from unclip.options import (
+    Bars,
+    Device,
+    Devices,
+    DType,
+    DTypes,
+    Guidance,
+    Model,
+    Preset,
+    Prior,
+    PriorGuidance,
+    Size,
+    quiet_libraries,
+)
 
 # What torch calls it on CUDA and MPS, and on the CPU of Linux and macOS, and of Windows
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -57,9 +65,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 corpus = typer.Typer(help="Build training corpora.", no_args_is_help=True)
-evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
+pca = typer.Typer(help="Principal components of pictures' embeddings.", no_args_is_help=True)
 app.add_typer(corpus, name="corpus")
 app.add_typer(evals, name="evals")
+app.add_typer(pca, name="pca")
+cli_latents.add_commands(app)
 app.add_typer(convert, name="convert")
 
 LONGEST_WARNING = 400
@@ -80,44 +90,6 @@ def options(
     """Text to image by CLIP latents: caption → z_i → 64 → 256 → 1024 px."""
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
-
-
-class DType(StrEnum):
-    auto = "auto"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Bars:
-    """A progress bar per stage on stderr, made of the pipeline's callback."""
-
-    def __init__(self) -> None:
-        self.bar: tqdm[Any] | None = None
-        self.stage = ""
-
-    def __call__(self, progress: Progress) -> None:
-        from tqdm import tqdm
-
-        if self.bar is None or progress.stage != self.stage:
-            self.close()
-            self.stage = progress.stage
-            self.bar = tqdm(total=progress.total, desc=f"{progress.stage:15}", file=sys.stderr, leave=True)
-        self.bar.update(progress.step - self.bar.n)
-        if progress.step == progress.total:
-            self.close()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 @app.command()
 def sample(
     prompts: Annotated[
@@ -127,13 +99,16 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder of the pictures.")] = Path("pictures"),
     num_images: Annotated[int, typer.Option(help="Pictures of each prompt, with seeds SEED, SEED + 1, …")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of a prompt's first picture.")] = 0,
-    size: Annotated[int | None, typer.Option(help="64, 256 or 1024; the largest the model has if left out.")] = None,
-    preset: Annotated[str, typer.Option(help="fast, default or paper, or one of the model's own.")] = "default",
-    guidance: Annotated[float | None, typer.Option(help="The decoder's guidance scale, 1 for none.")] = None,
-    prior_guidance: Annotated[float | None, typer.Option(help="The prior's guidance scale, 1 for none.")] = None,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
-    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
+    size: Size = None,
+    preset: Preset = "default",
+    guidance: Guidance = None,
+    prior_guidance: PriorGuidance = None,
+    prior: Prior = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    best_of: Annotated[int, typer.Option(help="Of how many drawings each picture is the one CLIP likes best.")] = 1,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+    model: Model = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures on one sheet.")] = False,
 ) -> None:
     """Draw pictures of prompts; the last line of output is the path of the last picture, or of the sheet."""
@@ -153,6 +128,7 @@ def sample(
         for path in draw(
             pipe, texts, num_images, seed, out, grid, bars,
             size=size, preset=preset, guidance_scale=guidance, prior_guidance_scale=prior_guidance,
+            prior=None if prior is None else prior.value, negative_prompt=negative, best_of=best_of,
         ):  # fmt: skip
             typer.echo(path)
 
@@ -197,6 +173,26 @@ def assemble(
     stages = (clip, prior, decoder, upsampler_256, upsampler_1024)
     folder = join(out, *stages, dtype.value, max_shard_size, card, presets, file or [], license, prior_ar)
     typer.echo(folder)
+
+
+@pca.callback()
+def components() -> None:
+    """Principal components of pictures' embeddings."""
+
+
+@pca.command()
+def fit(
+    model: Annotated[Path, typer.Option(help="The model folder that gets them.")],
+    corpus: Annotated[Path, typer.Option(help="Folder of the corpus.")] = Path("corpora/emoji-64"),
+    split: Annotated[str, typer.Option()] = "train",
+    limit: Annotated[int | None, typer.Option(help="Of the pictures the first so many.")] = None,
+    device: Devices = Device.auto,
+) -> None:
+    """Fit the basis that `unclip reconstruct` takes pictures apart by, and store it with a model."""
+    from unclip.assemble import fit_basis
+
+    quiet_libraries()
+    typer.echo(fit_basis(model, corpus, split, limit, device.value))
 
 
 @app.command()
@@ -246,106 +242,10 @@ def shapes(
     typer.echo(out)
 
 
-@evals.command()
-def concepts(
-    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
-    split: Annotated[str, typer.Option(help="train or test-pair.")] = "train",
-    count: Annotated[int, typer.Option(help="How many captions.")] = 300,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the figures go too.")] = None,
-    corpus: Annotated[Path, typer.Option(help="Folder of the emoji corpus.")] = Path("corpora/emoji-64"),
-    seed: Annotated[int, typer.Option()] = 0,
-    preset: Annotated[str, typer.Option()] = "default",
-    guidance: Annotated[float | None, typer.Option(help="The decoder's guidance scale, 1 for none.")] = None,
-    condition: Annotated[str, typer.Option(help="prior, true_z_i or text.")] = "prior",
-    sheet: Annotated[Path | None, typer.Option(help="PNG of each picture beside its nearest drawing.")] = None,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
-) -> None:
-    """Nearest-concept accuracy of a model's pictures, with its ceiling and floor."""
-    from unclip.pictures import check_file
-
-    check_file(json_file, "--json")
-    check_file(sheet, "--sheet")
-    from unclip.evals.concepts import evaluate
-
-    quiet_libraries()
-    figures = evaluate(
-        model,
-        split,
-        count,
-        json_file,
-        corpus,
-        seed,
-        preset,
-        sheet,
-        condition,
-        guidance,
-        device.value,
-        dtype.value,
-        Bars(),
-    )
-    typer.echo(json.dumps(figures, indent=1))
-
-
-@evals.command("shapes")
-def shapes_report(
-    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
-    corpus: Annotated[Path, typer.Option(help="Folder of the shapes corpus.")] = Path("corpora/shapes-64"),
-    out: Annotated[Path, typer.Option(help="Folder of report.json and the sheet.")] = Path("runs/shapes"),
-    count: Annotated[int, typer.Option(help="How many captions, half seen in training.")] = 400,
-    seed: Annotated[int, typer.Option()] = 0,
-    preset: Annotated[str, typer.Option()] = "default",
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
-) -> None:
-    """How often a model of the shapes world draws what its caption says, read by a program."""
-    from unclip.pictures import check_folder
-
-    check_folder(out, "--out")
-    from unclip.evals.shapes_report import report
-
-    quiet_libraries()
-    figures = report(model, corpus, out, count, seed, preset, None, device.value, dtype.value, Bars())
-    typer.echo(json.dumps(figures, indent=1))
-
-
-@evals.command()
-def sheet(
-    out: Annotated[Path, typer.Option(help="The PNG or WebP to write.")],
-    model: Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")] = None,
-    captions: Annotated[Path | None, typer.Option(help="Captions, one a line; 48 fixed ones if left out.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    size: Annotated[int, typer.Option()] = 256,
-    preset: Annotated[str, typer.Option()] = "default",
-    columns: Annotated[int, typer.Option()] = 8,
-    device: Annotated[Device, typer.Option()] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")] = DType.auto,
-) -> None:
-    """One picture of each of a file's captions, unpicked, on a labelled sheet."""
-    from unclip.pictures import check_file
-
-    check_file(out, "--out")
-    from unclip.evals.sheets import caption_sheet
-
-    quiet_libraries()
-    typer.echo(caption_sheet(model, out, captions, seed, size, preset, columns, device.value, dtype.value, Bars()))
-
-
 def _bar(items: Iterable[Any], total: int, unit: str) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(items, total=total, unit=f" {unit}", file=sys.stderr)
-
-
-def quiet_libraries() -> None:
-    """Nothing but our own bars and sentences on stderr."""
-    import transformers
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -25,10 +25,10 @@ def karlo(
     """Karlo (kakaobrain/karlo-v1-alpha, …-image-variations). The licence of the weights is copied."""
     if dtype not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"--dtype is {dtype}; give fp32, bf16 or fp16.")
-    from unclip.cli import quiet_libraries
     from unclip.convert.karlo import write_diffusers
     from unclip.core.files import check_replaceable
     from unclip.folder import INDEX
+    from unclip.options import quiet_libraries
     from unclip.pipeline import UnCLIP
 
     check_replaceable(out, INDEX)

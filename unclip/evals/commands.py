@@ -1,0 +1,218 @@
+"""`unclip evals …`: one subcommand per measure; what a subcommand needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unclip.options import (
+    Bars,
+    Device,
+    Devices,
+    DType,
+    DTypes,
+    Guidance,
+    Model,
+    numbers,
+    quiet_libraries,
+    whole_numbers,
+)
+
+CORPUS = Path("corpora/emoji-64")
+EmojiCorpus = Annotated[Path, typer.Option(help="Folder of the emoji corpus.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Where the figures go too.")]
+
+evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
+
+
+@evals.command()
+def concepts(
+    model: Model = None,
+    split: Annotated[str, typer.Option(help="train or test-pair.")] = "train",
+    count: Annotated[int, typer.Option(help="How many captions.")] = 300,
+    json_file: Json = None,
+    corpus: EmojiCorpus = CORPUS,
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Annotated[str, typer.Option()] = "default",
+    guidance: Guidance = None,
+    condition: Annotated[str, typer.Option(help="prior, true_z_i or text.")] = "prior",
+    sheet: Annotated[Path | None, typer.Option(help="PNG of each picture beside its nearest drawing.")] = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """Nearest-concept accuracy of a model's pictures, with its ceiling and floor."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    check_file(sheet, "--sheet")
+    from unclip.evals.concepts import evaluate
+
+    quiet_libraries()
+    figures = evaluate(
+        model,
+        split,
+        count,
+        json_file,
+        corpus,
+        seed,
+        preset,
+        sheet,
+        condition,
+        guidance,
+        device.value,
+        dtype.value,
+        Bars(),
+    )
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command("shapes")
+def shapes_report(
+    model: Model = None,
+    corpus: Annotated[Path, typer.Option(help="Folder of the shapes corpus.")] = Path("corpora/shapes-64"),
+    out: Annotated[Path, typer.Option(help="Folder of report.json and the sheet.")] = Path("runs/shapes"),
+    count: Annotated[int, typer.Option(help="How many captions, half seen in training.")] = 400,
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Annotated[str, typer.Option()] = "default",
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """How often a model of the shapes world draws what its caption says, read by a program."""
+    from unclip.pictures import check_folder
+
+    check_folder(out, "--out")
+    from unclip.evals.shapes_report import report
+
+    quiet_libraries()
+    figures = report(model, corpus, out, count, seed, preset, None, device.value, dtype.value, Bars())
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def sheet(
+    out: Annotated[Path, typer.Option(help="The PNG or WebP to write.")],
+    model: Model = None,
+    captions: Annotated[Path | None, typer.Option(help="Captions, one a line; 48 fixed ones if left out.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    size: Annotated[int, typer.Option()] = 256,
+    preset: Annotated[str, typer.Option()] = "default",
+    columns: Annotated[int, typer.Option()] = 8,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """One picture of each of a file's captions, unpicked, on a labelled sheet."""
+    from unclip.pictures import check_file
+
+    check_file(out, "--out")
+    from unclip.evals.sheets import caption_sheet
+
+    quiet_libraries()
+    typer.echo(caption_sheet(model, out, captions, seed, size, preset, columns, device.value, dtype.value, Bars()))
+
+
+@evals.command()
+def inversion(
+    model: Model = None,
+    corpus: EmojiCorpus = CORPUS,
+    split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
+    count: Annotated[int, typer.Option(help="How many drawings.")] = 100,
+    steps: Annotated[str, typer.Option(help="Numbers of steps, between commas.")] = "25,50,100",
+    guidance: Annotated[float, typer.Option(help="The decoder's guidance scale, both ways.")] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG of pictures beside their reconstructions.")] = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """How well pictures come back from (z_i, x_T), by the number of steps, and what either half alone gives."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    check_file(sheet, "--sheet")
+    counts = whole_numbers(steps, "--steps")
+    from unclip.evals.inversion import evaluate
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        figures = evaluate(
+            model, corpus, split, count, counts, guidance, seed, json_file, sheet, device.value, dtype.value, bars
+        )
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def variations(
+    model: Model = None,
+    corpus: EmojiCorpus = CORPUS,
+    split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
+    count: Annotated[int, typer.Option(help="How many drawings, and pairs of them.")] = 50,
+    steps: Annotated[int, typer.Option(help="The decoder's.")] = 100,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """How often variations keep the concept, and how evenly interpolations go, judged by EfficientNet's features."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.manipulations import evaluate
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        figures = evaluate(model, corpus, split, count, steps, seed, json_file, device.value, dtype.value, bars)
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def edits(
+    model: Annotated[str, typer.Option(help="Folder of a model of the shapes world.")] = "runs/shapes/model",
+    count: Annotated[int, typer.Option(help="How many text diffs, half of colours and half of shapes.")] = 100,
+    strengths: Annotated[str, typer.Option(help="Between commas.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6",
+    steps: Annotated[int, typer.Option(help="The decoder's.")] = 100,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """How often a text diff changes what it names and leaves the rest, read by a program in the shapes world."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    values = numbers(strengths, "--strengths")
+    from unclip.evals.manipulations import evaluate_edits
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        figures = evaluate_edits(model, count, values, steps, seed, json_file, device.value, dtype.value, bars)
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def priors(
+    model: Model = None,
+    corpus: EmojiCorpus = CORPUS,
+    split: Annotated[list[str] | None, typer.Option(help="May be repeated; train and test-pair if left out.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="May be repeated; 16, 32 and 64 if left out.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="The priors' guidance scale, 1 for none.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Of each split the first so many pictures.")] = None,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.fp32,
+) -> None:
+    """A model's priors and their samplers in one table: nearness to the pictures' embeddings, spread, time."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.priors import SPLITS, STEPS, evaluate, table
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        report = evaluate(
+            model, corpus, split or SPLITS, steps or STEPS, guidance, limit, json_file, device.value, dtype.value, bars
+        )
+    typer.echo(table(report))
