@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from decoder.decoder import Decoder
-from decoder.train import DecoderConfig, decoder_loss, decoder_samples, run
+from decoder.train import DecoderConfig, decoder_loss, decoder_samples, draw_timesteps, run
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.config import TrainConfig, main, parse
@@ -55,6 +55,23 @@ def rows(tiny_corpus: Path) -> dict[str, Any]:
 
 def drawn(rows: dict[str, Any], step: int = 0) -> dict[str, Any]:
     return {**rows, "draws": Draws(0, step, range(len(rows["image"])))}
+
+
+def test_a_share_of_the_samples_is_noisy():
+    draws = [Draws(0, step, range(100)) for step in range(100)]
+
+    def steps(share: float, start: int = 700) -> Tensor:
+        return torch.cat([draw_timesteps(d, 1000, share, start) for d in draws])
+
+    alike = [Draws(0, step, range(100)).integers(1000) for step in range(100)]
+    assert torch.equal(steps(0.0), torch.cat(alike))
+    assert steps(1.0).min() == 700
+    assert steps(1.0).max() == 999
+    expected = 0.3 * 0.4 + 0.6  # of all t alike, and of the share
+    assert abs((steps(0.6) >= 700).float().mean() - expected) < 0.02  # four standard errors
+    for share, start in ((1.1, 700), (-0.1, 700), (0.5, 1000), (0.5, -1)):
+        with pytest.raises(ValueError, match="noisy_share"):
+            steps(share, start)
 
 
 def loss_of(config: DecoderConfig, clip: RememberedCLIP):
