@@ -1,5 +1,7 @@
 """The same pictures as diffusers' own pipelines draw of the same weights: every state of every stage, whole arrays."""
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unclip.convert.karlo import load_prior
+from unclip.core.sampling import starting_noise
 from unclip.pipeline import UnCLIP
 
 STATES, CALLS = 1e-4, 2e-5  # of the array's scale: a stage after many calls, and one call
@@ -113,7 +116,7 @@ def test_several_pictures_of_each_prompt(pipe, reference, karlo_difference):
 
 
 # At t = 999 a rounding error in ε is divided by a_t = 5e-5. The clamp hides that, but for a pixel of random networks
-# whose x_t − σ_t·ε is below 5e-5 itself: one in some 10 000. These seeds have none.
+# whose x_t − σ_t·ε is below 5e-5 itself: one in some 10 000. These seeds have none. In float64, below, any seeds do.
 @pytest.mark.parametrize(("seeds", "scale"), [([0], 8.0), ([14, 15, 16], 8.0), ([4, 5, 6], 1.0)])
 def test_pictures_become_the_same_variations(variations, reference, karlo_difference, pictures, seeds, scale):
     pipe, images = UnCLIP.from_pretrained(variations), pictures[: len(seeds)]
@@ -121,6 +124,26 @@ def test_pictures_become_the_same_variations(variations, reference, karlo_differ
     difference = karlo_difference(pipe, reference["variations"], STEPS, seeds, ours, theirs)
     assert set(difference) == {"decoder", "upsampler_256", "images"}
     assert max(difference.values()) < STATES, difference
+
+
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What either side computes in float32 it computes in float64, from the same draws."""
+    randn = torch.randn
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(torch, "randn", lambda *shape, dtype=None, **options: randn(*shape, **options).double())
+    monkeypatch.setattr("unclip.stages.starting_noise", partial(starting_noise, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("seeds", "scale"), [([0, 1, 2], 8.0), ([2, 3, 4], 1.0)])
+def test_in_float64_any_seeds_become_the_same(
+    in_double, variations, reference, karlo_difference, pictures, seeds, scale
+):
+    pipe = UnCLIP.from_pretrained(variations).to(torch.float64)
+    diffusers = copy.deepcopy(reference["variations"]).to(torch.float64)
+    ours, theirs = {"image": pictures, "guidance_scale": scale}, {"image": pictures, "decoder_guidance_scale": scale}
+    difference = karlo_difference(pipe, diffusers, STEPS, seeds, ours, theirs)
+    assert max(difference.values()) < 1e-8, difference
 
 
 def test_the_last_step_is_the_second_networks(pipe: UnCLIP):
