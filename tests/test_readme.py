@@ -174,6 +174,7 @@ def desk(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> P
         Image.new("RGB", (40, 30), colour).save(tmp_path / "my-pictures" / f"{name}.png")
         (tmp_path / "my-pictures" / f"{name}.txt").write_text(f"a {colour} field")
     Image.new("RGB", (50, 40), "blue").save(tmp_path / "photo.png")
+    Image.linear_gradient("L").resize((50, 40)).save(tmp_path / "mask.png")
     for name in ("recipes", "unclip"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my-model").symlink_to(tiny_model)

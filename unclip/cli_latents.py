@@ -1,4 +1,4 @@
-"""The commands on latents: `unclip vary | interpolate | edit | img2img | reconstruct | study`."""
+"""The commands on latents: `unclip vary | interpolate | edit | img2img | inpaint | reconstruct | study`."""
 
 import hashlib
 import inspect
@@ -25,6 +25,7 @@ SHEET_SIDE = 256
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="Path of a picture, or a caption.")]
 NumImages = Annotated[int, typer.Option(help="How many, with seeds SEED, SEED + 1, …")]
+PictureArgument = Annotated[str, typer.Argument(metavar="PICTURE", help="Path of a picture.")]
 KeepAlpha = Annotated[bool, typer.Option("--keep-alpha", help="Give results the picture's transparency.")]
 Gif = Annotated[bool, typer.Option("--gif", help="Also write an animation, there and back.")]
 
@@ -51,7 +52,7 @@ class Given(NamedTuple):
 
 def add_commands(app: typer.Typer) -> None:
     """Registers the commands; each has the options of `Common` beside its own."""
-    for command in (vary, interpolate, edit, img2img, reconstruct, study):
+    for command in (vary, interpolate, edit, img2img, inpaint, reconstruct, study):
         app.command()(with_common(command))
 
 
@@ -145,7 +146,7 @@ def edit(
 
 def img2img(
     common: Common,
-    picture: Annotated[str, typer.Argument(metavar="PICTURE", help="Path of a picture.")],
+    picture: PictureArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
     strength: Annotated[float, typer.Option(help="0 leaves the picture, 1 draws from noise.")] = 0.5,
     num_images: NumImages = 1,
@@ -162,9 +163,31 @@ def img2img(
     write(common, pipe, f"{name_of(picture)} as {prompt}", title, made, chunks, given)
 
 
+def inpaint(
+    common: Common,
+    picture: PictureArgument,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.")],
+    mask: Annotated[
+        str | None, typer.Option(help="Picture: white is drawn anew, black stays. Left out: what is clear is drawn.")
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Space to draw around the picture, a part of its sides.")] = 0.0,
+    resamples: Annotated[int, typer.Option(help="How often each stretch of steps is walked.")] = 4,
+    num_images: NumImages = 1,
+) -> None:
+    """Pictures of a prompt that keep a part of a picture; --margin draws what is around it."""
+    pipe = common.load()
+    given = given_pictures(common, picture)
+    with closing(Bars()) as bars:
+        result = pipe.inpaint(picture, mask, prompt, num_images, margin, resamples, **common.options(bars))
+    made = shown(result, [f"seed {seed}" for seed in result.seeds])
+    chunks = {"source": picture, "prompt": prompt, "mask": mask, "margin": margin, "resamples": resamples}
+    title = f"{name_of(picture)} with “{prompt}”"
+    write(common, pipe, f"{name_of(picture)} with {prompt}", title, made, chunks, given)
+
+
 def reconstruct(
     common: Common,
-    picture: Annotated[str, typer.Argument(metavar="PICTURE", help="Path of a picture.")],
+    picture: PictureArgument,
     components: Annotated[str | None, typer.Option(help="How many, between commas; the paper's if left out.")] = None,
     keep_alpha: KeepAlpha = False,
 ) -> None:

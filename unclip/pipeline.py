@@ -16,7 +16,7 @@ from decoder.decoder import Decoder
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior, best_of
 from prior.pca import PCA
-from unclip import manipulations
+from unclip import inpainting, manipulations
 from unclip.arguments import (
     Callback,
     DTypeName,
@@ -37,7 +37,7 @@ from unclip.folder import INDEX, announce, find_model, license_notice, load_fold
 from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
 from unclip.prompts import best_rows, check_best_of, check_negative, decode_prompts, embed_prompts
 from unclip.sources import check_output_type
-from unclip.stages import UnCLIPOutput, finish, run_autoregressive, run_stage
+from unclip.stages import Known, UnCLIPOutput, finish, run_autoregressive, run_stage
 from upsamplers.upsampler import Upsampler
 
 
@@ -261,12 +261,13 @@ class UnCLIP(DiffusionPipeline):
         callback: Callback | None = None,
         x_T: Tensor | None = None,
         negative: str | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """The decoder (§2.1): z_i (b, d) and the caption's text (b rows, or None for none) to (b, 3, s, s) in [−1, 1].
 
         z_i may be None, for the caption alone. x_T: starting noise (b, 3, s, s), or with the solver "ddim_inverse" the
         pictures, whose noise comes back; None draws each row's from its seed. negative: a prompt that guidance leads
-        away from, where there is text.
+        away from, where there is text. known: pixels that all rows keep.
         """
         settings = settings or self.settings()["decoder"]
         condition: dict[str, Tensor] = {}
@@ -283,7 +284,7 @@ class UnCLIP(DiffusionPipeline):
             condition["z_t"] = text.z_t
         side = int(self.decoder.config["sample_size"])
         shape = (3, side, side)
-        x = run_stage(self, "decoder", condition, shape, seeds, settings, callback, x_T, negative=negative)
+        x = run_stage(self, "decoder", condition, shape, seeds, settings, callback, x_T, negative=negative, known=known)
         return x if settings.solver in INVERSE else x.clamp(-1, 1)
 
     @torch.no_grad()
@@ -294,8 +295,9 @@ class UnCLIP(DiffusionPipeline):
         seeds: Sequence[Seed],
         settings: StageSettings | None = None,
         callback: Callback | None = None,
+        known: Known | None = None,
     ) -> Tensor:
-        """One upsampler: pictures (b, 3, h, w) in [−1, 1] to (b, 3, size, size)."""
+        """One upsampler: pictures (b, 3, h, w) in [−1, 1] to (b, 3, size, size); known: pixels that all rows keep."""
         name = self.networks.get(size)
         if name is None or name == "decoder":
             raise ValueError(f"no upsampler to {size} px here; this model upsamples to {self.sizes[1:]}.")
@@ -305,7 +307,7 @@ class UnCLIP(DiffusionPipeline):
         settings = settings or self.settings()[name]
         self._check_rows(len(images), seeds)
         condition = {"low": quantised(images) if settings.eight_bits else images}
-        return run_stage(self, name, condition, (3, size, size), seeds, settings, callback).clamp(-1, 1)
+        return run_stage(self, name, condition, (3, size, size), seeds, settings, callback, known=known).clamp(-1, 1)
 
     def check_size(self, size: int | None) -> int:
         """A size that is offered; None is the largest. Raises ValueError for another."""
@@ -325,6 +327,7 @@ class UnCLIP(DiffusionPipeline):
     study = manipulations.study
     probe = manipulations.probe
     img2img = manipulations.img2img
+    inpaint = inpainting.inpaint
 
     # --- the call
 
@@ -362,7 +365,7 @@ class UnCLIP(DiffusionPipeline):
         """
         prompts, given, asked = check_request(prompt, image, z_i, num_images)
         check_seeds(seed, num_images)
-        seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts), generator, asked)
+        seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts, self.clip), generator, asked)
         size, output_type = self.check_size(size), check_output_type(output_type)
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps, prior)
         negative_prompt = check_negative(negative_prompt, settings)

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.arguments import Callback
-from unclip.clip.model import TextFeatures
+from unclip.clip.model import CLIP, NO_IMAGE_TOWER, TextFeatures
 from unclip.core.sampling import Seed
 from unclip.latents import slerp, weighted_mean
 from unclip.presets import GUIDED, StageSettings
+from unclip.stages import Known
 
 if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
@@ -124,6 +125,7 @@ def decode_prompts(
     callback: Callback | None = None,
     negative: str | None = None,
     x_T: Tensor | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """The decoder's pictures (b, 3, s, s), rows with text and rows without in a run each."""
     drawn: dict[int, Tensor] = {}
@@ -133,7 +135,7 @@ def decode_prompts(
             text = TextFeatures(*(x[rows] for x in conditions.text)) if flag else None
             noise = None if x_T is None else x_T[rows]
             some = [seeds[i] for i in rows]
-            x = pipe.decode(conditions.z_i[rows], text, some, settings, callback, noise, negative)
+            x = pipe.decode(conditions.z_i[rows], text, some, settings, callback, noise, negative, known)
             drawn |= dict(zip(rows, x, strict=True))
     return torch.stack([drawn[i] for i in range(len(seeds))])
 
@@ -147,14 +149,16 @@ def best_rows(z_i: Tensor, z_t: Tensor, best_of: int) -> list[int]:
     return [i * best_of + best for i, best in enumerate(scores.argmax(1).tolist())]
 
 
-def check_best_of(best_of: int, prompts: Sequence[str] | None) -> int:
-    """best_of itself. Raises TypeError or ValueError where it is no count, or there is no prompt to rank by."""
+def check_best_of(best_of: int, prompts: Sequence[str] | None, clip: CLIP) -> int:
+    """best_of itself. Raises TypeError or ValueError where it is no count, or there is nothing to rank by."""
     if isinstance(best_of, bool) or not isinstance(best_of, int):
         raise TypeError(f"best_of is {best_of!r}; give a whole number.")
     if not 1 <= best_of <= MAX_BEST_OF:
         raise ValueError(f"best_of is {best_of}; draw 1 to {MAX_BEST_OF} pictures for each that is kept.")
     if best_of > 1 and prompts is None:
         raise ValueError(f"best_of is {best_of} without a prompt to choose by; give a prompt, or leave it out.")
+    if best_of > 1 and not clip.has_image_tower:
+        raise ValueError(NO_IMAGE_TOWER)
     return best_of
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.arguments import Callback, OutputType, Pictures, as_type, cast, finite, reporter
+from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import (
+    INVERSE,
     Denoise,
     Seed,
     guided,
@@ -43,6 +46,18 @@ class UnCLIPOutput:
     seeds: list[int]
 
 
+class Known(NamedTuple):
+    """What stays of a picture: x0 (1, 3, s, s) in [−1, 1], and keep (1, 1, s, s) bool, true where x0 is known."""
+
+    x0: Tensor
+    keep: Tensor
+
+    def at(self, side: int) -> Known:
+        """The same at a side that this one's is a multiple of; a pixel is known where all it is made of is."""
+        factor = self.x0.shape[-1] // side
+        return Known(F.avg_pool2d(self.x0, factor), F.max_pool2d((~self.keep).float(), factor) == 0)
+
+
 def run_stage(
     pipe: UnCLIP,
     name: str,
@@ -55,16 +70,18 @@ def run_stage(
     stage: str | None = None,
     draw: tuple[int, int] = (0, 1),
     negative: str | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """One network's sampling, `batch_size` pictures at a time: (b, *shape) in float32 on the network's device.
 
     Where the pipeline has a network `<name>_last`, that one makes the last step. stage: the name its noise is drawn
     under; draw: which of how many runs of this stage this is, for the callback; negative: a prompt in the place of
-    none, for the unconditional half of guidance.
+    none, for the unconditional half of guidance; known: pixels that all pictures share.
     """
     net, last, at_once = getattr(pipe, name), getattr(pipe, f"{name}_last", None), pipe.batch_size[name]
     scheduler = pipe.sampler(name, settings)
     steps = resolve_timesteps(scheduler, settings.steps)
+    rises = 0 if settings.solver in INVERSE else sum(b > a for a, b in pairwise(steps))
     device, against = place(net), None
     if negative and negative.strip() and "text" in conditions and settings.guidance_scale != 1:
         conditions, against = padded_alike(conditions, caption(pipe, [negative], conditions["text"].shape[1]))
@@ -79,9 +96,12 @@ def run_stage(
         denoise = guided(net, context, null, settings.guidance_scale)
         if last is not None:
             denoise = ending(denoise, guided(last, context, null, settings.guidance_scale), steps[-1])
-        report = reporter(callback, name, len(steps), draw[0] * batches + batch, draw[1] * batches)
+        if known is not None:
+            denoise = keeping(denoise, Diffusion.from_scheduler(scheduler).to(device), known)
+        report = reporter(callback, name, len(steps) - rises, draw[0] * batches + batch, draw[1] * batches)
         results.append(sample(denoise, scheduler, noise, steps, generators, report, eta=settings.eta))
-    return finite(torch.cat(results), name, net.dtype)
+    x = finite(torch.cat(results), name, net.dtype)
+    return x if known is None else torch.where(known.keep.to(device), known.x0.to(device), x)
 
 
 def run_autoregressive(
@@ -121,12 +141,14 @@ def finish(
     settings: Mapping[str, StageSettings],
     output_type: OutputType = "pil",
     callback: Callback | None = None,
+    known: Known | None = None,
 ) -> UnCLIPOutput:
-    """The decoder's pictures x (b, 3, s, s) upsampled to `size`, and what they were drawn from."""
+    """The decoder's pictures x (b, 3, s, s) upsampled to `size`, and what they were drawn from; known: at `size`."""
     stages = {pipe.sizes[0]: x.cpu()}
     for side in pipe.sizes[1:]:
         if side <= size:
-            x = pipe.upsample(x, side, seeds, settings[pipe.networks[side]], callback)
+            kept = None if known is None else known.at(side)
+            x = pipe.upsample(x, side, seeds, settings[pipe.networks[side]], callback, kept)
             stages[side] = x.cpu()
     pipe.maybe_free_model_hooks()
     pictures = {side: as_type(x, output_type) for side, x in stages.items()}
@@ -137,6 +159,22 @@ def finish(
 def ending(denoise: Denoise, last: Denoise, step: int) -> Denoise:
     """A denoise that is `last` at `step`, and `denoise` at all others."""
     return lambda x_t, t: (last if int(t[0]) == step else denoise)(x_t, t)
+
+
+def keeping(denoise: Denoise, diffusion: Diffusion, known: Known) -> Denoise:
+    """A denoise that says x0 where it is known, in the parametrisation it had, and elsewhere what it said.
+
+    Each step then leads to the known pixels at its own noise level, whatever the scheduler.
+    """
+
+    def keep(x_t: Tensor, t: Tensor) -> Tensor:
+        output = denoise(x_t, t)
+        channels = x_t.shape[1]
+        given = diffusion.from_x0(x_t, known.x0.to(x_t), t)
+        prediction = torch.where(known.keep.to(x_t.device), given, output[:, :channels])
+        return torch.cat([prediction, output[:, channels:]], dim=1)
+
+    return keep
 
 
 def padded_alike(

@@ -20,6 +20,8 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     image = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
     ImageDraw.Draw(image).ellipse((8, 4, 30, 26), fill="red")
     image.save("photo.png")
+    Image.linear_gradient("L").resize(image.size).save("mask.png")
+    Image.new("L", image.size).save("black.png")
 
     def call(command: str, *arguments: object) -> tuple[int, list[str], str]:
         with pytest.raises(SystemExit) as caught:
@@ -43,6 +45,8 @@ def files(folder: Path) -> dict[str, bytes]:
         ("interpolate", ["photo.png", "photo.png", "--x-t", "fixed", "--steps", 2], "photo-to-photo", 8),
         ("edit", ["photo.png", "a red apple", "--strengths", "0,0.5", "--steps", 2], "photo-to-a-red-apple", 2),
         ("img2img", ["photo.png", "a red apple", "--strength", 0.7], "photo-as-a-red-apple", 1),
+        ("inpaint", ["photo.png", "a red apple", "--mask", "mask.png"], "photo-with-a-red-apple", 1),
+        ("inpaint", ["photo.png", "a red apple", "--margin", 0.5, "--resamples", 1], "photo-with-a-red-apple", 1),
         ("study", ["a red apple", "--num-images", 2], "a-red-apple-study", 6),
     ],
 )
@@ -143,6 +147,8 @@ def test_a_basis_is_fitted_and_pictures_are_made_of_its_first_components(
         (["edit", "photo.png", "two stars", "--strengths", "0,inf"], "--strengths"),
         (["edit", "photo.png", "two stars", "--from", "two stars"], "the same embedding"),
         (["img2img", "two stars", "photo.png"], "two stars"),
+        (["inpaint", "photo.png", "two stars", "--mask", "black.png"], "nothing is to be drawn"),
+        (["inpaint", "photo.png", "two stars", "--mask", "letter.png"], "not a readable picture"),
         (["study", "two stars", "--preset", "best"], "preset 'best' is unknown"),
     ],
 )

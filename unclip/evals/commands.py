@@ -17,6 +17,7 @@ from unclip.options import (
     DTypes,
     Guidance,
     Model,
+    Preset,
     numbers,
     quiet_libraries,
     whole_numbers,
@@ -165,6 +166,31 @@ def variations(
     quiet_libraries()
     with closing(Bars()) as bars:
         figures = evaluate(model, corpus, split, count, steps, seed, json_file, device.value, dtype.value, bars)
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def inpainting(
+    model: Model = None,
+    corpus: EmojiCorpus = CORPUS,
+    split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
+    count: Annotated[int, typer.Option(help="How many drawings.")] = 50,
+    size: Annotated[int, typer.Option(help="Side of the pictures.")] = 64,
+    preset: Preset = "default",
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """What inpainting keeps, how steep its seam is and what it draws, beside pasting."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.inpainting import evaluate
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        figures = evaluate(model, corpus, split, count, size, preset, seed, json_file, device.value, dtype.value, bars)
     typer.echo(json.dumps(figures, indent=1))
 
 
