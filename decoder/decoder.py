@@ -7,10 +7,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unclip.core.layers import KeysValues, TimeConditioning
 from unclip.core.transformer import Block
-from unclip.core.unet import UNet
+from unclip.core.unet import UNet, check_picture
 
 
 class DecoderContext(NamedTuple):
@@ -19,6 +20,27 @@ class DecoderContext(NamedTuple):
     keys_values: tuple[KeysValues, ...]  # per attention layer, each (b, heads, n, head_channels)
     time: Tensor  # (b, time_dim), added to the embedding of t
     mask: Tensor | None  # (b, n) bool, true on tokens that count; None where there is no text
+    sketch: Tensor | None = None  # (b, in_channels, side, side), the picture that the conditions alone foretell
+
+
+class Sketch(nn.Module):
+    """MLP from the addend of the time embedding to a small picture: what conditions say before any noise is seen."""
+
+    def __init__(self, time_dim: int, width: int, channels: int, side: int):
+        super().__init__()
+        self.shape = (channels, side, side)
+        self.layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Linear(time_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, channels * side**2),
+        )
+
+    def forward(self, time: Tensor) -> Tensor:
+        """time: (b, time_dim). Returns (b, channels, side, side), about in [−1, 1]."""
+        return self.layers(time).unflatten(1, self.shape)
 
 
 class Decoder(ModelMixin, ConfigMixin):
@@ -33,6 +55,9 @@ class Decoder(ModelMixin, ConfigMixin):
         z_t_width: width of `z_t`, where that enters the time embedding in place of the last text token's state (Karlo).
             Such a decoder always has a caption: the encoded empty prompt stands for none.
         norm_context: which context tokens the layer norm covers: all, or the text's alone.
+        sketch_side, sketch_width: where a side is given, an MLP of that hidden width makes a picture of that side from
+            what enters the time embedding, trained to be the mean of the pictures that fit the conditions, and the
+            U-Net sees it beside x_t. It is no part of the paper: a short training learns outlines by it.
         text_layers, text_heads: a transformer of the decoder's own over the token states, not causal (GLIDE's).
         sample_size, attention_resolutions: side of a training picture in pixels, and sides of the grids (in positions,
             after folding by `patch_size`) at which attention runs. Pictures of other sizes keep those levels.
@@ -69,6 +94,8 @@ class Decoder(ModelMixin, ConfigMixin):
         norm_groups: int | None = None,
         z_t_width: int | None = None,
         norm_context: Literal["all", "text"] = "all",
+        sketch_side: int | None = None,
+        sketch_width: int = 512,
     ):
         super().__init__()
         if norm_context not in ("all", "text") or (z_t_width is not None and text_width is None):
@@ -82,7 +109,7 @@ class Decoder(ModelMixin, ConfigMixin):
         if unknown := [side for side in attention_resolutions if side not in grids]:
             raise ValueError(f"attention_resolutions name {unknown}; the grids of this decoder are {grids}")
         self.unet = UNet(
-            in_channels=in_channels,
+            in_channels=in_channels if sketch_side is None else 2 * in_channels,
             out_channels=out_channels,
             model_channels=model_channels,
             channel_multipliers=channel_multipliers,
@@ -111,6 +138,7 @@ class Decoder(ModelMixin, ConfigMixin):
             else:
                 self.time_z_t = nn.Linear(z_t_width, time_dim)
             self.text_blocks = nn.ModuleList(Block(context_width, text_heads, dropout) for _ in range(text_layers))
+        self.sketch = None if sketch_side is None else Sketch(time_dim, sketch_width, in_channels, sketch_side)
 
     def encode_context(
         self,
@@ -139,7 +167,7 @@ class Decoder(ModelMixin, ConfigMixin):
         only_text = self.config["norm_context"] == "text"
         if text is None:
             tokens = tokens if only_text else self.context_norm(tokens)
-            return DecoderContext(self.unet.project_context(tokens), time, None)
+            return DecoderContext(self.unet.project_context(tokens), time, None, self.draw_sketch(time))
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask  # b n
         if drop_text is not None:
             mask = mask & ~drop_text[:, None]
@@ -155,7 +183,10 @@ class Decoder(ModelMixin, ConfigMixin):
             pooled = self.time_text(tokens[torch.arange(len(text), device=text.device), last])  # b time_dim
             time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
         mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
-        return DecoderContext(self.unet.project_context(tokens), time, mask)
+        return DecoderContext(self.unet.project_context(tokens), time, mask, self.draw_sketch(time))
+
+    def draw_sketch(self, time: Tensor) -> Tensor | None:
+        return None if self.sketch is None else self.sketch(time)
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
         """Context tokens (b, n, context_width) of token states (b, n, text_width); mask: (b, n), true on real ones."""
@@ -166,17 +197,29 @@ class Decoder(ModelMixin, ConfigMixin):
             h = block(h, mask=(mask[:, None, :] | itself)[:, None])
         return h
 
-    def forward(self, x_t: Tensor, t: Tensor, context: DecoderContext | None = None, **conditions) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        context: DecoderContext | None = None,
+        return_sketch: bool = False,
+        **conditions,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """One evaluation. Give `context`, or the keyword arguments of `encode_context`.
 
         x_t: (b, in_channels, h, w) in about [−1, 1] plus noise; t: (b,) steps 0 … 999.
         Returns the prediction (b, out_channels, h, w); with learned variance (prediction | variance) along channels.
+        With `return_sketch`, a pair: the prediction, and the context's sketch, which training compares with x0.
         """
         if (context is None) == (not conditions):
             raise ValueError("the decoder takes either a context or conditions (z_i=…, text=…): give one of the two")
         if context is None:
             context = self.encode_context(**conditions)
-        return self.unet(x_t, t, context.time, context.keys_values, context.mask)
+        if context.sketch is not None:
+            check_picture("x_t", x_t, self.unet.in_channels - context.sketch.shape[1], self.unet.multiple)
+            x_t = torch.cat([x_t, F.interpolate(context.sketch, x_t.shape[2:], mode="bilinear").to(x_t.dtype)], dim=1)
+        output = self.unet(x_t, t, context.time, context.keys_values, context.mask)
+        return (output, context.sketch) if return_sketch else output
 
     def check_conditions(
         self,

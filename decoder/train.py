@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
+from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
@@ -26,6 +28,7 @@ class DecoderConfig:
     data: DataConfig
     clip: str  # folder or hub name of the CLIP whose embeddings it decodes
     validation: DataConfig | None = None
+    start: str | None = None  # folder of a trained decoder to start from; input channels it lacks start at zero
     schedule: Literal["cosine", "linear"] = "cosine"
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     weighting: Literal["none", "min_snr"] = "none"
@@ -65,7 +68,8 @@ def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, n
 
 
 def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
-    """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned."""
+    """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned, plus a sketch's error."""
+    sketches = config.model.get("sketch_side") is not None
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
@@ -75,15 +79,16 @@ def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusi
         t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
-        output = model(
-            x_t,
-            t,
-            **conditions,
-            drop_z_i=draws.uniform() < config.drop_z_i,
-            drop_text=draws.uniform() < config.drop_text,
-        )
-        loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb)
-        return loss.mean(), {}
+        drops = {"drop_z_i": draws.uniform() < config.drop_z_i, "drop_text": draws.uniform() < config.drop_text}
+        if not sketches:
+            output, sketch = model(x_t, t, **conditions, **drops), None
+        else:
+            output, sketch = model(x_t, t, return_sketch=True, **conditions, **drops)
+        loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb).mean()
+        if sketch is None:
+            return loss, {}
+        error = F.mse_loss(sketch.float(), F.interpolate(x0, sketch.shape[2:], mode="area"))
+        return loss + error, {"sketch": error.detach()}
 
     return loss_fn
 
@@ -112,6 +117,7 @@ def run(config: DecoderConfig) -> Path:
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)
+    start_from(model, config.start)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)
     loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device))

@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.nn import functional as F
 
 from decoder.decoder import Decoder
 from unclip.core.sampling import cat_contexts, map_context
@@ -54,12 +55,13 @@ OWN_TRANSFORMER = pytest.mark.parametrize("text_layers", [0, 2])
 
 
 @OWN_TRANSFORMER
-def test_both_ways_to_call_agree_in_value_and_gradient(text_layers):
+@pytest.mark.parametrize("sketch_side", [None, 4])
+def test_both_ways_to_call_agree_in_value_and_gradient(text_layers, sketch_side):
     x_t, t, conditions = inputs()
     conditions |= {"drop_z_i": flags(False, True, False), "drop_text": flags(True, False, False)}
     outputs, gradients = [], []
     for halves in (False, True):
-        decoder = randomised(text_layers=text_layers, text_heads=4)
+        decoder = randomised(text_layers=text_layers, text_heads=4, sketch_side=sketch_side)
         output = decoder(x_t, t, decoder.encode_context(**conditions)) if halves else decoder(x_t, t, **conditions)
         output.square().sum().backward()
         outputs.append(output)
@@ -71,11 +73,11 @@ def test_both_ways_to_call_agree_in_value_and_gradient(text_layers):
 
 
 def test_a_step_over_a_context_runs_no_projection_of_conditions():
-    decoder = randomised()
+    decoder = randomised(sketch_side=4)
     x_t, t, conditions = inputs()
     context = decoder.encode_context(**conditions)
     expected = decoder(x_t, t, context)
-    untouched = ("context_kv", "context_z_i", "context_text", "context_norm", "time_z_i", "time_text")
+    untouched = ("context_kv", "context_z_i", "context_text", "context_norm", "time_z_i", "time_text", "sketch")
     for name, parameter in decoder.named_parameters():
         if any(part in name for part in untouched):
             parameter.data.fill_(float("nan"))
@@ -94,6 +96,28 @@ def test_context_holds_each_layers_keys_and_values_and_the_addend():
     for layer, (k, v) in zip(layers, context.keys_values, strict=True):
         expected = layer.context_kv(tokens)  # b n (k | v)
         close(torch.cat([k, v], 1).transpose(1, 2).reshape(3, 4, -1), expected)
+
+
+def test_the_sketch_is_of_the_conditions_alone_and_stands_beside_x_t():
+    decoder = randomised(sketch_side=4)
+    x_t, t, conditions = inputs()
+    output, sketch = decoder(x_t, t, return_sketch=True, **conditions)
+    assert sketch.shape == (3, 3, 4, 4)
+    assert torch.equal(sketch, decoder(x_t + 1, t + 1, return_sketch=True, **conditions)[1])
+    assert torch.equal(output, decoder(x_t, t, **conditions))
+    context = decoder.encode_context(**conditions)
+    beside = torch.cat([x_t, F.interpolate(sketch, (16, 16), mode="bilinear")], dim=1)
+    close(output, decoder.unet(beside, t, context.time, context.keys_values, context.mask))
+    wide = decoder(torch.randn(3, 3, 16, 32), t, context)  # learned variance doubles the channels
+    assert wide.shape == (3, 6, 16, 32)
+    everything = flags(True, True, True)
+    none = decoder.encode_context(**conditions, drop_z_i=everything, drop_text=everything).sketch
+    assert none is not None
+    close(none[0], none[1])  # without conditions all samples have one sketch
+    assert not torch.allclose(sketch[0], sketch[1])
+    assert randomised()(x_t, t, return_sketch=True, **conditions)[1] is None
+    with pytest.raises(ValueError, match=r"expected \(b, 3, h, w\)"):
+        decoder(x_t[:, :2], t, context)
 
 
 @OWN_TRANSFORMER

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from decoder.decoder import Decoder
 from decoder.train import DecoderConfig, decoder_loss, decoder_samples, draw_timesteps, run
@@ -72,6 +73,34 @@ def test_a_share_of_the_samples_is_noisy():
     for share, start in ((1.1, 700), (-0.1, 700), (0.5, 1000), (0.5, -1)):
         with pytest.raises(ValueError, match="noisy_share"):
             steps(share, start)
+
+
+class ZeroNetwork(nn.Module):
+    def forward(self, x_t: Tensor, t: Tensor, **conditions) -> Tensor:
+        return torch.zeros_like(x_t)
+
+
+def test_a_sketch_is_trained_to_be_the_small_picture(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, model={"sketch_side": 8})
+    torch.manual_seed(0)
+    decoder = Decoder(**config.model)
+    decoder.unet.requires_grad_(False)  # its output starts at zero and so stays
+    optimizer = torch.optim.Adam([p for p in decoder.parameters() if p.requires_grad], 1e-2)
+    loss_fn = loss_of(config, clip)
+    errors = []
+    for _ in range(60):
+        loss, metrics = loss_fn(decoder, drawn(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(float(metrics["sketch"]))
+    small = F.interpolate(to_pixels(rows["image"][:, :3]), (8, 8), mode="area")
+    assert errors[0] > 0.5 * small.square().mean()
+    assert errors[-1] < 0.2 * errors[0]
+    with torch.no_grad():  # what is no sketch's error is the loss of a network that predicts zero
+        plain = loss_of(config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0), clip)(ZeroNetwork(), drawn(rows))[0]
+        loss, metrics = loss_fn(decoder, drawn(rows))
+    assert torch.isclose(loss - metrics["sketch"], plain, atol=1e-5)
 
 
 def loss_of(config: DecoderConfig, clip: RememberedCLIP):

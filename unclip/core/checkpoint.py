@@ -23,6 +23,7 @@ from torch import nn
 from unclip.core.files import replace_folder, whole_folder
 
 EMA_FILE = "ema.safetensors"
+INPUT = "unet.input.weight"
 
 
 def export(model: Any, folder: Path) -> None:
@@ -64,6 +65,25 @@ def check_same(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> N
                 f"{file} says {name} is {stored[name]!r}, the config says {ours[name]!r}: resume with the config that "
                 "the run began with, or choose another train.out."
             )
+
+
+def start_from(model: Any, folder: str | None) -> None:
+    """Gives a network the weights of a trained one of its kind; input channels that one lacks start at zero.
+
+    folder: a training's output, or the network's own folder; None changes nothing. Raises FileNotFoundError where there
+    is none, ValueError where another network is.
+    """
+    if folder is None:
+        return
+    path = next((path for path in (Path(folder) / "model", Path(folder)) if (path / "config.json").is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no trained network; give as start the output folder of a training.")
+    trained, ours = type(model).from_pretrained(path).state_dict(), model.state_dict()
+    if INPUT in trained and INPUT in ours:
+        lacking = ours[INPUT].shape[1] - trained[INPUT].shape[1]
+        trained[INPUT] = nn.functional.pad(trained[INPUT], (0, 0, 0, 0, 0, max(0, lacking)))
+    _check_fits(path, trained, ours)
+    model.load_state_dict(trained)
 
 
 def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: int, out: Path, keep: int) -> None:
