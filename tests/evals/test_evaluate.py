@@ -78,7 +78,7 @@ def test_conditions_differ_and_pictures_are_of_their_seed(folder, tiny_model):
     corpus, pipe = load_corpus(folder), UnCLIP.from_pretrained(tiny_model)
     flat = lambda pictures: pictures.flatten(1).float()  # noqa: E731
     pictures = {}
-    for condition in ("prior", "true_z_i", "text"):
+    for condition in ("prior", "true_z_i", "text", "caption"):
         generate = generator_of(pipe, corpus, condition)
         _, draws, pictures[condition], _ = measure(generate, corpus, count=3, featurize=flat, judge="flat")
         alone = generate([draws[2].drawing.caption], draws[2:])
@@ -86,6 +86,7 @@ def test_conditions_differ_and_pictures_are_of_their_seed(folder, tiny_model):
         assert (difference <= 1).float().mean() > 0.99
     assert not torch.equal(pictures["prior"], pictures["true_z_i"])
     assert not torch.equal(pictures["text"], pictures["true_z_i"])
+    assert all(not torch.equal(pictures["caption"], pictures[other]) for other in ("prior", "true_z_i", "text"))
 
 
 def test_a_caption_s_picture_is_the_one_sample_draws(tiny_model, tmp_path):

@@ -3,12 +3,17 @@ import json
 import pytest
 import torch
 
-from unclip.evals.features import JUDGE, Judge, cached_features, corpus_identity
+from unclip.evals.features import JUDGE, Inception, Judge, cached_features, corpus_identity
 
 
 @pytest.fixture(scope="module")
 def judge():
     return Judge()
+
+
+@pytest.fixture(scope="module")
+def inception():
+    return Inception()
 
 
 def noise(n, side=64):
@@ -22,6 +27,23 @@ def test_features_of_a_picture_do_not_depend_on_its_batch(judge):
     assert together.shape == (3, 1280)
     assert together.std() > 0
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_inception_s_features_are_pooled_activations_of_each_picture_alone(inception):
+    pictures = noise(2)
+    together = inception(pictures)
+    assert together.shape == (2, 2048)
+    assert together.min() >= 0 < together.std()
+    torch.testing.assert_close(inception(pictures[1:]), together[1:], rtol=1e-3, atol=1e-4)
+    assert inception(noise(0)).shape == (0, 2048)
+
+
+def test_inception_sees_the_picture_not_its_size(inception):
+    """Flat colours look alike at any size; black and white do not look alike."""
+    grey = [torch.full((1, 3, side, side), 100, dtype=torch.uint8) for side in (64, 200)]
+    torch.testing.assert_close(inception(grey[0]), inception(grey[1]), rtol=1e-3, atol=1e-3)
+    black, white = (inception(torch.full((1, 3, 64, 64), value, dtype=torch.uint8)) for value in (0, 255))
+    assert (black - white).abs().max() > 0.1
 
 
 def test_features_are_what_the_classifier_reads(judge):

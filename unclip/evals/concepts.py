@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
 
 SPLITS = ("train", "test-pair")
-CONDITIONS = ("prior", "ar", "true_z_i", "text")
+CONDITIONS = ("prior", "ar", "true_z_i", "text", "caption")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Gallery:
         self.sum.index_add_(0, self.concept, features.double())
         self.centre = features.mean(dim=0)
 
+    @property
+    def means(self) -> Tensor:
+        """Mean feature of each concept, in the order of `names`, (c, d)."""
+        return (self.sum / self.count[:, None]).float()
+
     def mean_without(self, index: Tensor) -> Tensor:
         """Mean feature of each drawing's concept over its other drawings. index (n,); returns (n, d)."""
         concept = self.concept[index]
@@ -89,7 +94,7 @@ class Gallery:
             )
         q = self.direction(queries)
         own = self.concept[index]
-        scores = q @ self.direction((self.sum / self.count[:, None]).float()).T  # n concepts
+        scores = q @ self.direction(self.means).T  # n concepts
         mine = (q * self.direction(self.mean_without(index))).sum(dim=1, keepdim=True)  # n 1
         nearer = scores >= mine
         nearer[torch.arange(len(own)), own] = False
@@ -223,7 +228,7 @@ def run(generate: Generate, draws: list[Draw]) -> Tensor:
 
 
 def corpus_features(corpus: Corpus, judge: str = JUDGE, featurize: Featurize | None = None) -> Tensor:
-    """The judge's features of every drawing of a corpus at 64×64 on white, (m, d), cached in its folder."""
+    """The judge's features of every drawing of a corpus on white, (m, d), cached in its folder under that name."""
     return cached_features(corpus.folder, corpus.batches, judge, featurize or Judge())
 
 
@@ -246,11 +251,11 @@ def generator_of(
     guidance_scale: float | None = None,
     callback: Callback | None = None,
 ) -> Generate:
-    """A pipeline's 64×64 pictures as a `Generate`, its decoder given one of three embeddings.
+    """A pipeline's decoded pictures as a `Generate`, at the corpus's size, by what the decoder is given.
 
     condition: "prior", the whole way; "ar", the same by the autoregressive prior; "true_z_i", the embedding of the
-    real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1). Raises ValueError for another
-    condition or an unknown preset.
+    real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1); "caption", the text without any
+    z_i. Raises ValueError for another condition or an unknown preset.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
@@ -264,8 +269,8 @@ def generator_of(
         elif condition == "true_z_i":
             z_i = pipe.encode_image(to_pixels(corpus.pictures([draw.drawing.index for draw in draws])))
         else:
-            z_i = text.z_t
-        return to_bytes(pipe.decode(z_i, text, seeds, settings["decoder"], callback))
+            z_i = text.z_t if condition == "text" else None
+        return to_bytes(pipe.decode(z_i, text, seeds, settings["decoder"], callback), corpus.side)
 
     return generate
 

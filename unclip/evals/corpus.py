@@ -1,4 +1,4 @@
-"""A corpus as the metrics see it: every real drawing of all splits, on white, at 64×64."""
+"""A corpus as the metrics see it: every real drawing of all splits, on white, at 64×64 or another size."""
 
 from __future__ import annotations
 
@@ -31,24 +31,27 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Corpus:
-    """`pictures(indices)` gives uint8 (n, 3, 64, 64) on white; `drawings[i].index == i`; all captions of each."""
+    """`pictures(indices)` gives uint8 (n, 3, side, side) on white; `drawings[i].index == i`; all captions of each."""
 
     folder: Path
     drawings: Sequence[Drawing]
     pictures: Callable[[Sequence[int]], Tensor]
     captions: Sequence[Sequence[str]] = ()
+    side: int = SIDE
 
-    def batches(self, size: int = 256) -> Iterator[Tensor]:
-        """All pictures in order, uint8 (b, 3, 64, 64)."""
-        for i in range(0, len(self.drawings), size):
-            yield self.pictures(list(range(i, min(i + size, len(self.drawings)))))
+    def batches(self, size: int | None = None, rows: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """All pictures in order, or those of `rows`, uint8 (b, 3, side, side), b ≤ `size`."""
+        size = size or max(1, 256 * SIDE**2 // self.side**2)
+        rows = range(len(self.drawings)) if rows is None else rows
+        for i in range(0, len(rows), size):
+            yield self.pictures(list(rows[i : i + size]))
 
 
-def load_corpus(folder: str | Path, splits: Sequence[str] = SPLITS) -> Corpus:
+def load_corpus(folder: str | Path, splits: Sequence[str] = SPLITS, side: int = SIDE) -> Corpus:
     """All drawings of a corpus's splits (those of `splits` that it has), in the order of its shards.
 
-    A drawing's first caption is the plain one. Pictures of another size are resized to 64×64 (bicubic, antialiased).
-    Raises FileNotFoundError where there is no corpus, ValueError where a shard is damaged.
+    A drawing's first caption is the plain one. Pictures of another size are resized to side×side (bicubic,
+    antialiased). Raises FileNotFoundError where there is no corpus, ValueError where a shard is damaged.
     """
     folder = Path(folder)
     have = [split for split in splits if any(folder.glob(f"{split}-[0-9]*.tar"))]
@@ -61,9 +64,24 @@ def load_corpus(folder: str | Path, splits: Sequence[str] = SPLITS) -> Corpus:
     ]
 
     def pictures(indices: Sequence[int]) -> Tensor:
-        return to_bytes(to_pixels(collate([dataset[i] for i in indices])["image"]))
+        return to_bytes(to_pixels(collate([dataset[i] for i in indices])["image"]), side)
 
-    return Corpus(folder, drawings, pictures, [meta["captions"] for meta in dataset.meta])
+    return Corpus(folder, drawings, pictures, [meta["captions"] for meta in dataset.meta], side)
+
+
+def corpus_at(folder: str | Path, base: int, side: int) -> Path:
+    """Of a corpus of pictures of base×base, the folder beside it that has the same ones at side×side.
+
+    By their names: corpora/emoji-256 is beside corpora/emoji-64. Raises FileNotFoundError where it is not there.
+    """
+    folder = Path(folder)
+    other = folder if side == base else folder.with_name(f"{folder.name.removesuffix(f'-{base}')}-{side}")
+    if not other.is_dir():
+        raise FileNotFoundError(
+            f"There is no corpus folder {other} with real pictures of {side} px; build it by `unclip corpus emoji "
+            f"--size {side} --out {other}`, or ask for a smaller size."
+        )
+    return other
 
 
 def to_bytes(x: Tensor, side: int = SIDE) -> Tensor:

