@@ -40,7 +40,7 @@ def concepts(
     seed: Annotated[int, typer.Option()] = 0,
     preset: Annotated[str, typer.Option()] = "default",
     guidance: Guidance = None,
-    condition: Annotated[str, typer.Option(help="prior, true_z_i or text.")] = "prior",
+    condition: Annotated[str, typer.Option(help="prior, ar, true_z_i, text (z_t) or caption (no z_i).")] = "prior",
     sheet: Annotated[Path | None, typer.Option(help="PNG of each picture beside its nearest drawing.")] = None,
     device: Devices = Device.auto,
     dtype: DTypes = DType.auto,
@@ -242,3 +242,111 @@ def priors(
             model, corpus, split or SPLITS, steps or STEPS, guidance, limit, json_file, device.value, dtype.value, bars
         )
     typer.echo(table(report))
+
+
+@evals.command("table")
+def where_it_is_lost(
+    model: Model = None,
+    split: Annotated[str, typer.Option(help="train or test-pair.")] = "train",
+    count: Annotated[int, typer.Option(help="How many captions.")] = 500,
+    size: Annotated[int | None, typer.Option(help="Up to which size; the model's largest if left out.")] = None,
+    corpus: EmojiCorpus = CORPUS,
+    seed: Annotated[int, typer.Option()] = 0,
+    preset: Annotated[str, typer.Option()] = "default",
+    guidance: Guidance = None,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """Where quality is lost: real pictures, then each stage given the truth or what the stage before it makes."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.table import evaluate, markdown
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        report = evaluate(
+            model, split, count, size, json_file, corpus, seed, preset, guidance, device.value, dtype.value, bars
+        )
+    typer.echo(markdown(report))
+
+
+@evals.command()
+def synonyms(
+    model: Model = None,
+    corpus: EmojiCorpus = CORPUS,
+    words: Annotated[Path | None, typer.Option(help="Lines `word: concept, concept`; 100 if left out.")] = None,
+    template: Annotated[str, typer.Option(help="The prompt; {} stands for the word.")] = "{}",
+    preset: Annotated[str, typer.Option()] = "default",
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """How many words that no caption held lead to their concept: by CLIP, by the prior, in the picture."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.synonyms import SYNONYMS, evaluate
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        figures = evaluate(
+            model, corpus, words or SYNONYMS, template, preset, seed, json_file, device.value, dtype.value, bars
+        )
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@evals.command()
+def upsamplers(
+    model: Model = None,
+    corpus: EmojiCorpus = CORPUS,
+    split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
+    count: Annotated[int, typer.Option(help="How many drawings.")] = 100,
+    size: Annotated[int | None, typer.Option(help="Up to which size; the model's largest if left out.")] = None,
+    strength: Annotated[float, typer.Option(help="How much noise the decoder redraws drawings from.")] = 0.3,
+    preset: Annotated[str, typer.Option()] = "default",
+    seed: Annotated[int, typer.Option()] = 0,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """The upsamplers beside bicubic and Lanczos on held-out drawings, from real pictures and redrawn ones."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.upsamplers import evaluate
+
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        report = evaluate(
+            model, corpus, split, count, size, strength, preset, seed, json_file, device.value, dtype.value, bars
+        )
+    typer.echo(json.dumps(report, indent=1))
+
+
+@evals.command()
+def quiz(
+    out: Annotated[Path, typer.Option(help="The quiz's folder, which must be new, or the one to score.")],
+    answers: Annotated[Path | None, typer.Option(help="A reader's answers: score them, draw nothing.")] = None,
+    model: Model = None,
+    captions: Annotated[Path | None, typer.Option(help="Captions, one a line; 48 fixed ones if left out.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    size: Annotated[int, typer.Option()] = 256,
+    preset: Annotated[str, typer.Option()] = "default",
+    device: Devices = Device.auto,
+    dtype: DTypes = DType.auto,
+) -> None:
+    """Each picture with ten captions, the right one among nine drawn at random: how many does a reader name?"""
+    from unclip.evals.quiz import evaluate, score
+
+    if answers is not None:
+        typer.echo(json.dumps(score(out, answers), indent=1, ensure_ascii=False))
+        return
+    from unclip.pictures import check_folder
+
+    check_folder(out, "--out")
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        typer.echo(evaluate(model, out, captions, seed, size, preset, device.value, dtype.value, bars))
