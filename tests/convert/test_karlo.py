@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -99,6 +100,30 @@ def test_pickles_and_either_library(library, pipe: UnCLIP, text2img: Path, tmp_p
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"unclip"', f'"{library}"'))
     assert equal(states(UnCLIP.from_pretrained(folder)), states(pipe))
+
+
+def test_a_hub_name_fetches_pickles_only_where_there_is_nothing_else(pipe, text2img, tmp_path: Path, monkeypatch):
+    hub, cache = Path(shutil.copytree(text2img, tmp_path / "hub")), tmp_path / "cache"
+    for path in hub.glob(f"*/{WEIGHTS}.safetensors"):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+    (hub / "decoder" / f"{WEIGHTS}.safetensors").unlink()
+    (hub / "prior" / f"{WEIGHTS}.fp16.safetensors").write_bytes(b"x")
+    (hub / "prior" / f"{WEIGHTS}.fp16.bin").write_bytes(b"x")
+
+    def snapshot_download(name: str, allow_patterns, ignore_patterns) -> str:
+        assert name == "kakaobrain/karlo-v1-alpha"
+        files = [str(path.relative_to(hub)) for path in hub.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    fetched = UnCLIP.from_pretrained("kakaobrain/karlo-v1-alpha")
+    assert fetched.model_name == "kakaobrain/karlo-v1-alpha"
+    assert equal(states(fetched), states(pipe))
+    assert [str(path.relative_to(cache)) for path in cache.rglob("*.bin")] == [f"decoder/{WEIGHTS}.bin"]
+    assert not list(cache.rglob("*.fp16.*"))
 
 
 def test_half_precision_is_the_weights_rounded(pipe: UnCLIP, text2img: Path):
