@@ -21,7 +21,7 @@ from unclip.core.analytic import x0_variance
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
-from unclip.core.files import whole_folder
+from unclip.core.files import whole_folder, write_json
 from unclip.core.sampling import guided, make_sampler
 from unclip.core.train import Batch, LossFn, check, datasets_of, processes, save_scheduler, train
 
@@ -114,6 +114,8 @@ def training_embeddings(
     clip: RememberedCLIP, dataset: ShardDataset, config: PriorConfig, count: int
 ) -> tuple[Tensor, list[str]]:
     """z_i (n, d) of n evenly spaced samples, `count` at most, with the backgrounds of training; and their captions."""
+    if count < 1:
+        raise ValueError(f"embeddings of {count} pictures are asked for: set statistics, or estimate_variance, higher.")
     count = min(len(dataset), count)
     rows = [i * len(dataset) // count for i in range(count)]
     z_i, captions = [], []
@@ -189,6 +191,7 @@ def estimate_variance(config: PriorConfig, clip: RememberedCLIP, dataset: ShardD
 def run(config: PriorConfig) -> Path:
     """Trains a prior, samples from it on the splits `evaluate`; returns the folder of the exported network."""
     dataset, validation = datasets_of(config.data, config.validation)
+    splits = {split: ShardDataset(replace(config.data, split=split, background=0.0)) for split in config.evaluate}
     device: Any = processes().device
     clip = CLIP.from_pretrained(config.clip).to(device)
     remembered = RememberedCLIP(clip, config.remember)
@@ -208,13 +211,10 @@ def run(config: PriorConfig) -> Path:
             model.set_statistics(mean.cpu(), std.cpu())
         loss_fn = prior_loss(config, remembered, Diffusion.from_scheduler(scheduler).to(device))
     folder = train(config.train, model, loss_fn, dataset, validation)
-    if config.evaluate and processes().is_main_process:
+    if splits and processes().is_main_process:
         trained = type(model).from_pretrained(folder).to(device).eval()
-        figures = {
-            split: evaluate(trained, clip, scheduler, ShardDataset(replace(config.data, split=split, background=0.0)))
-            for split in config.evaluate
-        }
-        (Path(config.train.out) / "evaluation.json").write_text(json.dumps(figures, indent=2))
+        figures = {split: evaluate(trained, clip, scheduler, data) for split, data in splits.items()}
+        write_json(figures, Path(config.train.out) / "evaluation.json")
         print(json.dumps(figures))
     return folder
 

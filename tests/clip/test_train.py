@@ -195,6 +195,13 @@ def test_micro_batches_are_refused(corpus: Path, tmp_path: Path):
         run(CLIPConfig(TINY, settings, DataConfig(str(corpus))))
 
 
+def test_templates_without_a_place_are_refused_before_any_work(corpus: Path, tmp_path: Path):
+    settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
+    with pytest.raises(ValueError, match=r"expected '\{\}' in each"):
+        run(CLIPConfig(TINY, settings, DataConfig(str(corpus)), evaluate=["test"], templates=["{}", "a drawing"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_goes_on_only_with_its_words_and_heads(corpus: Path, tmp_path: Path):
     """Neither shows in the shape of a weight."""
     settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")

@@ -128,6 +128,14 @@ def test_text_is_dropped_as_often_as_asked(corpus: Path, clip: CLIP, tmp_path: P
         assert seen[0].float().mean().item() == pytest.approx(probability, abs=0.06)
 
 
+def test_a_split_to_evaluate_that_is_not_there_is_refused_before_any_work(corpus: Path, clip: CLIP, tmp_path: Path):
+    clip.save_pretrained(tmp_path / "clip")
+    config = config_of(corpus, tmp_path / "out", str(tmp_path / "clip"), steps=1, evaluate=["train", "nowhere"])
+    with pytest.raises(FileNotFoundError, match="holds no split 'nowhere'"):
+        run(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_learns_to_draw_the_right_embedding(corpus: Path, clip: CLIP, tmp_path: Path):
     clip.save_pretrained(tmp_path / "clip")
     config = config_of(corpus, tmp_path / "out", str(tmp_path / "clip"), steps=400, evaluate=["train"])
@@ -178,6 +186,12 @@ def learns_its_variance(config: PriorConfig, prior: DiffusionPrior, clip: CLIP) 
     assert (folder / "scheduler_config.json").read_bytes() == before
     with pytest.raises(FileNotFoundError, match="no trained diffusion prior"):
         run(replace(config, train=replace(config.train, out=config.train.out + "-elsewhere")))
+
+
+def test_statistics_of_nothing_are_refused(corpus: Path, clip: CLIP, tmp_path: Path):
+    config = replace(config_of(corpus, tmp_path / "out", "unused"), statistics=0)
+    with pytest.raises(ValueError, match="embeddings of 0 pictures are asked for"):
+        embedding_statistics(RememberedCLIP(clip), ShardDataset(config.data), config)
 
 
 def test_an_earlier_run_is_refused_before_any_work(corpus: Path, clip: CLIP, tmp_path: Path, monkeypatch):

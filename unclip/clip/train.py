@@ -19,6 +19,7 @@ from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
+from unclip.core.files import write_json
 from unclip.core.train import Batch, LossFn, datasets_of, processes, train
 
 Same = Literal["none", "caption", "concept"]
@@ -140,6 +141,8 @@ def run(config: CLIPConfig) -> Path:
             f"train.accumulation is {config.train.accumulation}, but CLIP's negatives are the other samples of a "
             "micro-batch: leave it out, and take a smaller train.batch_size or more processes."
         )
+    if any("{}" not in template for template in config.templates):
+        raise ValueError(f"templates are {config.templates}, expected '{{}}' in each, where the concept goes.")
     dataset, validation = datasets_of(config.data, config.validation)
     splits = {
         split: ShardDataset(DataConfig(config.data.path, split, config.data.groups, None, config.data.styles))
@@ -159,7 +162,7 @@ def run(config: CLIPConfig) -> Path:
         trained = CLIP.from_pretrained(folder).to(device)
         labels = sorted({meta["concept"] for data in (dataset, *splits.values()) for meta in data.meta})
         figures = {split: evaluate(trained, data, labels, config.templates) for split, data in splits.items()}
-        (Path(config.train.out) / "evaluation.json").write_text(json.dumps(figures, indent=2))
+        write_json(figures, Path(config.train.out) / "evaluation.json")
         print(json.dumps(figures))
     return folder
 
