@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import tarfile
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def test_restrictions(corpus: Path, tmp_path: Path):
     assert keys(split="test+train", limit=2) == ["k9", "k0"]
     with pytest.raises(ValueError, match="No sample"):
         keys(groups=["nothing"])
+    with pytest.raises(ValueError, match=r"data\.limit is 0"):
+        keys(limit=0)
 
 
 def test_missing_folder_and_split_are_named(corpus: Path):
@@ -324,6 +327,12 @@ def test_unreadable_pictures_are_one_sentence(tmp_path: Path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
     with pytest.raises(ValueError, match="not a readable picture"):
         load_image(tmp_path / "cut.png")
+    # turned on its side, which makes Pillow write the data anew, and the name of its software is a number
+    entries = struct.pack("<HHLL", 0x0112, 3, 1, 6) + struct.pack("<HHLf", 0x0131, 11, 1, 0.5)
+    exif = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2) + entries + bytes(4)
+    Image.new("RGB", (4, 2)).save(tmp_path / "exif.jpg", exif=exif)
+    with pytest.raises(ValueError, match=r"exif\.jpg is not a readable picture"):
+        load_image(tmp_path / "exif.jpg")
     with pytest.raises(TypeError, match="not int"):
         load_image(3)  # pyright: ignore[reportArgumentType]
 

@@ -61,6 +61,34 @@ def test_bad_metadata_is_one_sentence(tmp_path: Path, line: str):
         pack(source, tmp_path / "out")
 
 
+def test_captions_that_are_no_text_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = tmp_path / "in"
+    captions: list[object] = ["a field", 5, {"en": "a field"}, [None], ["a", "b"]]
+    for i in range(len(captions)):
+        put(source, f"{i}.png", None)
+    lines = [json.dumps({"file_name": f"{i}.png", "captions": given}) for i, given in enumerate(captions)]
+    (source / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    with caplog.at_level(logging.WARNING):
+        summary = pack(source, tmp_path / "out")
+    assert (summary["count"], summary["skipped"]) == (2, ["1.png", "2.png", "3.png"])
+    assert "2.png has the captions {'en': 'a field'}: expected a text, or a list of texts" in caplog.text
+
+
+def test_text_that_is_not_utf_8_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = tmp_path / "in"
+    put(source, "a.png", "\ufeffa field")  # with the byte order mark that some editors write
+    put(source, "b.png", None)
+    (source / "b.txt").write_bytes("grün".encode("latin-1"))
+    with caplog.at_level(logging.WARNING):
+        assert pack(source, tmp_path / "out")["skipped"] == ["b.png"]
+    assert "b.txt is not UTF-8 text" in caplog.text
+    assert ShardDataset(DataConfig(str(tmp_path / "out")))[0]["captions"] == ["a field"]
+    (source / "metadata.jsonl").write_bytes('{"file_name": "a.png", "text": "grün"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata\.jsonl is not UTF-8 text"):
+        pack(source, tmp_path / "again")
+    assert not list(tmp_path.glob("again*"))
+
+
 def test_nothing_to_pack_leaves_nothing(tmp_path: Path):
     source = tmp_path / "in"
     with pytest.raises(FileNotFoundError, match="no folder"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -65,7 +65,9 @@ def load_image(source: str | Path | bytes | Image.Image, size: int | None = None
         image = to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has more than {MAX_PIXELS // 2**20} Mi pixels: scale it down first.") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged pixels and EXIF data make Pillow raise anything, an AttributeError too
         raise ValueError(f"{name} is not a readable picture ({error}).") from None
     return image if size is None else fit(image, size)
 
@@ -245,6 +247,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, config: DataConfig, cache: bool = True, cache_bytes: int = 1 << 30) -> None:
+        if config.limit is not None and config.limit < 1:
+            raise ValueError(f"data.limit is {config.limit}: give at least 1, or leave it out.")
         self.config = config
         self.room = cache_bytes if cache else 0
         self._cache: dict[int, Tensor] = {}

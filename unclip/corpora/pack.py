@@ -90,7 +90,7 @@ def _rows(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     if not table.is_file():
         return [(p, {}) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
     rows = []
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read(table).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -104,13 +104,23 @@ def _rows(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     return rows
 
 
+def _read(file: Path) -> str:
+    """A text file, which may begin with a byte order mark; ValueError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8.") from None
+
+
 def _captions(file: Path, meta: dict[str, Any]) -> list[str]:
-    """Captions of one picture, stripped; ValueError if there is none."""
+    """Captions of one picture, stripped; ValueError if there is none, or what is no text."""
     raw: Any = meta.get("captions") or meta.get("caption") or meta.get("text")
     if raw is None and not meta and file.with_suffix(".txt").is_file():
-        raw = file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
-    captions = [str(c).strip() for c in ([raw] if isinstance(raw, str) else raw or [])]
-    captions = list(dict.fromkeys(c for c in captions if c))
+        raw = _read(file.with_suffix(".txt")).splitlines()
+    given = [raw] if isinstance(raw, str) else raw or []
+    if not isinstance(given, list) or not all(isinstance(c, str) for c in given):
+        raise ValueError(f"{file} has the captions {raw!r}: expected a text, or a list of texts.")
+    captions = list(dict.fromkeys(c.strip() for c in given if c.strip()))
     if not captions:
         raise ValueError(f"{file} has no caption.")
     return captions
