@@ -1,5 +1,7 @@
 """CLIP: round trips, embeddings, prompts that do not fit, zero-shot labels."""
 
+import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -209,6 +211,15 @@ def test_what_is_no_clip_is_named(tmp_path: Path, bert_folder):
         CLIP.from_pretrained(bert_folder)
 
 
+@pytest.mark.parametrize("file", ["clip/model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_damaged_clip_is_one_sentence(tiny_clip: Path, tmp_path: Path, file: str):
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    os.truncate(folder / file, 200)
+    with pytest.raises(ValueError, match=r"does not load .* train or fetch it again") as caught:
+        CLIP.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_papers_sizes(request):
     recipe = Path(request.config.rootpath) / "recipes/paper/clip.yaml"
     arguments = CLIPArguments(**yaml.safe_load(recipe.read_text())["model"])
@@ -249,3 +260,10 @@ def test_pictures_go_through_the_processor(clip):
     prepared = clip.processor(images=wide, return_tensors="pt").pixel_values
     expected = clip.model.visual_projection(clip.model.vision_model(pixel_values=prepared).pooler_output)
     assert torch.allclose(clip.encode_pictures([small, wide], normalize=False)[1:], expected, atol=1e-5)
+
+
+def test_goes_on_from_a_trained_clip(tiny_clip: Path):
+    there, here = CLIP.from_pretrained(tiny_clip), CLIP.build(CLIPArguments(start=str(tiny_clip)), ["other words"])
+    assert here.tokenizer.get_vocab() == there.tokenizer.get_vocab()
+    for name, tensor in there.state_dict().items():
+        assert torch.equal(here.state_dict()[name], tensor), name

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unclip.core import checkpoint
-from unclip.core.config import TrainConfig, parse
+from unclip.core.config import TrainConfig, main, parse
 from unclip.core.data import DataConfig
 from unclip.core.optimizer import learning_rate, optimizer_of
 from unclip.core.train import Batch, _order, datasets_of, rows_of, train
@@ -210,7 +210,9 @@ def test_a_background_of_validation_alone_is_refused(tiny_corpus):
     [
         ({"gradient_checkpointing": True}, "Affine has no gradient checkpointing"),
         ({"batch_size": 5, "accumulation": 2}, "batch_size 5 cannot be split"),
-        ({"steps": 0}, "steps 0"),
+        ({"steps": 0}, r"train\.steps is 0"),
+        ({"log_every": 0}, r"train\.log_every is 0"),
+        ({"keep": 0}, r"train\.keep is 0"),
         ({"resume": True}, "no training state under"),
     ],
 )
@@ -311,6 +313,25 @@ def test_a_resumed_run_follows_its_config(tmp_path):
         frozen = Affine()
         frozen.layer.bias.requires_grad_(False)
         train(replace(config, resume=True, steps=9), frozen, loss_fn, Pictures())
+
+
+def test_a_command_ends_in_one_line(tmp_path, capsys):
+    from decoder.train import DecoderConfig
+
+    recipe = tmp_path / "decoder.yaml"
+    recipe.write_text("model: {}\nclip: a\ntrain: {out: b, steps: 5, batch_size: 2}\ndata: {path: c}\n")
+
+    def ending(error: BaseException):
+        def run(_: object) -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            main(DecoderConfig, run, ["--config", str(recipe)])
+        return caught.value.code
+
+    assert ending(ValueError("this came:\n  that was expected")) == "error: this came: that was expected"
+    assert ending(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "interrupted; what was saved is kept.\n"
 
 
 def test_config_from_file_with_overrides(tmp_path):

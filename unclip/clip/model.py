@@ -163,7 +163,7 @@ class CLIP(nn.Module):
     def from_pretrained(cls, name_or_folder: str | Path, dtype: torch.dtype = torch.float32) -> "CLIP":
         """Loads what `save_pretrained` wrote (`clip/` and `tokenizer/`), or a transformers CLIP by folder or hub name.
 
-        Raises FileNotFoundError where there is no model, ValueError for a model of another kind.
+        Raises FileNotFoundError where there is no model, ValueError for one of another kind or that does not load.
         """
         root = Path(name_or_folder)
         model_name, tokenizer_name = str(name_or_folder), str(name_or_folder)
@@ -183,16 +183,22 @@ class CLIP(nn.Module):
             raise FileNotFoundError(
                 f"the CLIP {model_name!r} is no folder here and could not be fetched from the hub ({reason})."
             ) from error
-        if isinstance(config, CLIPConfig):
-            model = CLIPModel.from_pretrained(model_name, dtype=dtype)
-        elif isinstance(config, CLIPTextConfig):
-            model = CLIPTextModelWithProjection.from_pretrained(model_name, dtype=dtype)
-        elif isinstance(config, VisionTextDualEncoderConfig):
-            model = VisionTextDualEncoderModel.from_pretrained(model_name, dtype=dtype)
-        else:
+        kinds: dict[type, Any] = {
+            CLIPConfig: CLIPModel,
+            CLIPTextConfig: CLIPTextModelWithProjection,
+            VisionTextDualEncoderConfig: VisionTextDualEncoderModel,
+        }
+        kind = next((kinds[of] for of in kinds if isinstance(config, of)), None)
+        if kind is None:
             raise ValueError(f"{name_or_folder} is a {config.model_type!r} model, expected a CLIP; choose another one.")
-        processor = CLIPImageProcessorPil.from_pretrained(model_name)
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_name), processor).eval()
+        try:
+            model = kind.from_pretrained(model_name, dtype=dtype)
+            processor = CLIPImageProcessorPil.from_pretrained(model_name)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+        except Exception as error:  # safetensors and tokenizers have kinds of their own
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ValueError(f"the CLIP {model_name} does not load ({reason}); train or fetch it again.") from error
+        return cls(model, tokenizer, processor).eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"):
         """Writes `folder/clip/` (safetensors, in `dtype` if given) and `folder/tokenizer/`."""

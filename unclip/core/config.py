@@ -62,5 +62,8 @@ def main(config_class: type[Config], run: Callable[[Config], object], args: Sequ
     config = parse(config_class, args)
     try:
         run(config)
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; what was saved is kept.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")

@@ -111,11 +111,9 @@ def check(config: TrainConfig, model: nn.Module | None = None) -> None:
     Raises FileNotFoundError where there is nothing to resume, else ValueError.
     """
     world, out = processes().num_processes, Path(config.out)
-    if config.steps < 1 or config.batch_size < 1 or config.accumulation < 1:
-        raise ValueError(
-            f"steps {config.steps}, batch_size {config.batch_size} and accumulation {config.accumulation} "
-            "must each be at least 1."
-        )
+    for name in ("steps", "batch_size", "accumulation", "log_every", "validate_every", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"train.{name} is {getattr(config, name)}: it must be at least 1.")
     if config.batch_size % (world * config.accumulation):
         raise ValueError(
             f"batch_size {config.batch_size} cannot be split over {world} processes with {config.accumulation} "
