@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +110,41 @@ def test_refuses_what_cannot_be():
 def test_zero_init_zeroes_and_returns_the_module():
     linear = nn.Linear(3, 3)
     assert zero_init(linear) is linear and not any(p.any() for p in linear.parameters())
+
+
+@pytest.mark.parametrize("time_conditioning", ["scale_shift", "additive"])
+@pytest.mark.parametrize("direction", ["same", "down", "up"])
+@pytest.mark.parametrize("out_channels", [16, 24])
+def test_overwriting_changes_no_bit_and_no_input(time_conditioning, direction, out_channels):
+    block = ResBlock(16, out_channels, time_conditioning=time_conditioning, direction=direction)
+    nn.init.normal_(block.conv2.weight)
+    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    time, before = torch.randn(2, block.time_channels), x.clone()
+    kept = time.clone()
+    expected = block(x, time)
+    with torch.no_grad():
+        assert torch.equal(block(x, time), expected)
+    assert torch.equal(x, before) and torch.equal(time, kept)
+
+
+def test_attention_overwrites_nothing_it_was_given():
+    layer = Attention(32, head_channels=8, context_width=12)
+    nn.init.normal_(layer.out.weight)
+    x, tokens = torch.randn(2, 32, 32, 32).contiguous(memory_format=torch.channels_last), torch.randn(2, 5, 12)
+    mask = torch.tensor([[True] * 5, [True, False, True, False, True]])
+    expected, before = layer(x, layer.project_context(tokens), mask), x.clone()
+    with torch.no_grad():
+        context = layer.project_context(tokens)
+        kept = [part.clone() for part in context]
+        torch.testing.assert_close(layer(x, context, mask), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(x, before) and all(map(torch.equal, kept, context))
+
+
+@pytest.mark.parametrize("grid", [4, 40])
+def test_norms_of_small_groups_in_bf16_are_the_norms_in_fp32(grid):
+    norm = group_norm(64, 32).requires_grad_(False)
+    nn.init.normal_(norm.weight)
+    x = (torch.randn(2, 64, grid, grid) * 3 + 1).bfloat16().contiguous(memory_format=torch.channels_last)
+    got = copy.deepcopy(norm).bfloat16()(x)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got.float(), norm(x.float()), atol=2e-2, rtol=2e-2)

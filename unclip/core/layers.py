@@ -1,6 +1,7 @@
 """Building blocks of the U-Net (ADM, arXiv 2105.05233; GLIDE, arXiv 2112.10741; paper §2.1).
 
-Everything here keeps `channels_last` memory: a picture's tokens are a view of it, never a copy.
+Everything here keeps `channels_last` memory: a picture's tokens are a view of it, never a copy. Where no gradient is
+wanted, what a block has made itself is overwritten: on a CPU, fresh memory of a large picture costs as much as a norm.
 """
 
 import math
@@ -11,12 +12,28 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.core.products import Linear, matmul
+
 TimeConditioning = Literal["scale_shift", "additive"]
 Module = TypeVar("Module", bound=nn.Module)
 KeysValues = tuple[Tensor, Tensor]  # each (b, heads, n, head_channels)
 
 
-def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """torch's, by the faster of its two kernels.
+
+    On a CPU the one for channels_last takes up to ten times as long in bf16 where a grid is small and a group is less
+    than a vector.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = x.ndim == 4 and x.shape[2] * x.shape[3] < 1024 and x.shape[1] // self.num_groups < 16
+        if small and x.device.type == "cpu" and x.dtype != torch.float32:
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
+def group_norm(channels: int, groups: int | None = None) -> GroupNorm:
     """GroupNorm of at most 32 groups. `groups` None: as many as have 16 channels each or a multiple of them.
 
     A number (ADM's is 32) is taken as it is, or as the most groups below it that divide the channels. Groups of 16 fill
@@ -24,7 +41,7 @@ def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
     """
     most = channels // math.gcd(channels, 16) if groups is None else channels
     limit = 32 if groups is None else groups
-    return nn.GroupNorm(next(n for n in range(min(limit, most), 0, -1) if most % n == 0), channels)
+    return GroupNorm(next(n for n in range(min(limit, most), 0, -1) if most % n == 0), channels)
 
 
 def zero_init(module: Module) -> Module:
@@ -49,11 +66,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
     # On a CPU the fused kernel takes two to five times as long as these products, at the sizes a U-Net has.
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # b heads n m
+    scores = matmul(q * q.shape[-1] ** -0.5, k.mT)  # b heads n m
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
-        scores = scores + bias[:, None, None, :]
-    return scores.softmax(dim=-1) @ v
+        scores = add(scores, bias[:, None, None, :])
+    return matmul(scores.softmax(dim=-1), v)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that is not needed again."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def add(x: Tensor, other: Tensor) -> Tensor:
+    """x + other, of which x is not needed again."""
+    return x + other if torch.is_grad_enabled() or x.dtype != other.dtype else x.add_(other)
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x·(1 + scale) + shift, of which x is not needed again."""
+    return torch.addcmul(shift, x, 1 + scale, out=None if torch.is_grad_enabled() else x)
 
 
 class Resize(nn.Module):
@@ -100,14 +132,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         time = time[:, :, None, None]  # b 2c 1 1, or b c 1 1
-        h = self.conv1(self.resize(F.silu(self.norm1(x))))  # b c h w
-        if self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
-        return self.skip(self.resize(x)) + h
+        h = self.conv1(self.resize(silu(self.norm1(x))))  # b c h w
+        h = scale_and_shift(self.norm2(h), *time.chunk(2, dim=1)) if self.scale_shift else self.norm2(add(h, time))
+        h = self.conv2(self.dropout(silu(h)))
+        return add(h, self.skip(self.resize(x)))
 
 
 class Attention(nn.Module):
@@ -124,9 +152,9 @@ class Attention(nn.Module):
             raise ValueError(f"attention over {channels} channels: head_channels must divide them, got {head_channels}")
         self.heads = channels // head_channels
         self.norm = group_norm(channels, norm_groups)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.context_kv = nn.Linear(context_width, 2 * channels) if context_width else None
-        self.out = zero_init(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)
+        self.context_kv = Linear(context_width, 2 * channels) if context_width else None
+        self.out = zero_init(Linear(channels, channels))
 
     def project_context(self, tokens: Tensor) -> KeysValues:
         """Keys and values of context tokens (b, n, context_width): two tensors (b, heads, n, head_channels)."""
@@ -147,4 +175,4 @@ class Attention(nn.Module):
         if mask is not None:
             mask = F.pad(mask, (0, q.shape[2]), value=True)  # b n
         h = self.out(rearrange(attend(q, k, v, mask), "b heads n c -> b n (heads c)"))
-        return x + rearrange(h, "b (h w) c -> b c h w", h=height)
+        return add(rearrange(h, "b (h w) c -> b c h w", h=height), x)

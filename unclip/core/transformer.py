@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from unclip.core.products import Linear
+
 
 class KeysValues(NamedTuple):
     """Keys and values (b, heads, n, c) of one layer."""
@@ -44,10 +46,10 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} does not divide into {heads} heads; choose heads that divide it.")
         self.heads = heads
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.Linear(width, width)
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.to_out = Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def keys_values(self, h: Tensor) -> KeysValues:
@@ -72,9 +74,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads, dropout)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout)
-        )
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width), nn.Dropout(dropout))
 
     def keys_values(self, h: Tensor) -> KeysValues:
         """All that the last layer keeps of a prefix h (b, n, width)."""

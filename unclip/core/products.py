@@ -1,0 +1,46 @@
+"""Matrix products where no gradient is wanted, by the faster of the two libraries that torch has for a CPU.
+
+In fp32 torch multiplies by MKL, which on AMD's processors uses half of a vector; its other library, oneDNN, uses all of
+it, and torch takes that for convolutions and for bf16. The results differ by rounding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WORTH = 2**20  # multiplications of one product, below which the call outweighs it
+
+
+class Linear(nn.Linear):
+    """torch's, by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x·weightᵀ + bias. x: (…, i); weight: (o, i); bias: (o,). Returns (…, o)."""
+    if x.numel() * len(weight) < WORTH or not by_onednn(x) or weight.dtype != x.dtype:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a·b. a: (…, n, c); b: (…, c, m), of the same leading axes. Returns (…, n, m)."""
+    n, c, m = a.shape[-2], a.shape[-1], b.shape[-1]
+    if n * c * m < 2 * WORTH or not by_onednn(a) or a.dtype != b.dtype or a.shape[:-2] != b.shape[:-2]:
+        return a @ b
+    pairs = zip(a.reshape(-1, n, c), b.mT.reshape(-1, m, c), strict=True)
+    return torch.stack([linear(x, y) for x, y in pairs]).view(*a.shape[:-1], m)
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether products of x are to be oneDNN's."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
