@@ -1,5 +1,6 @@
 """Decoder P(x | z_i, y): how the image embedding and the caption enter the U-Net (paper §2.1)."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from unclip.core.layers import KeysValues, TimeConditioning
 from unclip.core.transformer import Block
-from unclip.core.unet import UNet, check_picture
+from unclip.core.unet import Times, UNet, check_picture
 
 
 class DecoderContext(NamedTuple):
@@ -21,6 +22,7 @@ class DecoderContext(NamedTuple):
     time: Tensor  # (b, time_dim), added to the embedding of t
     mask: Tensor | None  # (b, n) bool, true on tokens that count; None where there is no text
     sketch: Tensor | None = None  # (b, in_channels, side, side), the picture that the conditions alone foretell
+    times: Times | None = None  # the time projections of all steps of a run
 
 
 class Sketch(nn.Module):
@@ -188,6 +190,10 @@ class Decoder(ModelMixin, ConfigMixin):
     def draw_sketch(self, time: Tensor) -> Tensor | None:
         return None if self.sketch is None else self.sketch(time)
 
+    def at_steps(self, context: DecoderContext, steps: Sequence[int]) -> DecoderContext:
+        """The context with all that the steps of a run decide, too; it is then good for these steps alone."""
+        return context._replace(times=self.unet.at_steps(steps, context.time, len(context.time)))
+
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
         """Context tokens (b, n, context_width) of token states (b, n, text_width); mask: (b, n), true on real ones."""
         # `where`, not a product: whatever stands in a dropped or padded row, NaN included, must not get through.
@@ -218,7 +224,7 @@ class Decoder(ModelMixin, ConfigMixin):
         if context.sketch is not None:
             check_picture("x_t", x_t, self.unet.in_channels - context.sketch.shape[1], self.unet.multiple)
             x_t = torch.cat([x_t, F.interpolate(context.sketch, x_t.shape[2:], mode="bilinear").to(x_t.dtype)], dim=1)
-        output = self.unet(x_t, t, context.time, context.keys_values, context.mask)
+        output = self.unet(x_t, t, context.time, context.keys_values, context.mask, context.times)
         return (output, context.sketch) if return_sketch else output
 
     def check_conditions(

@@ -1,5 +1,6 @@
 """Upsampler: how the low-resolution picture enters the U-Net (paper §2.1). No attention, no text, no guidance."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -9,13 +10,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from unclip.core.layers import TimeConditioning
-from unclip.core.unet import UNet, check_picture
+from unclip.core.unet import Times, UNet, check_picture
 
 
 class UpsamplerContext(NamedTuple):
     """What an upsampler computes once for a picture."""
 
     low: Tensor  # (b, 3, h·factor, w·factor), the low-resolution picture at the target size
+    times: Times | None = None  # the time projections of all steps of a run
 
 
 class Upsampler(ModelMixin, ConfigMixin):
@@ -81,6 +83,10 @@ class Upsampler(ModelMixin, ConfigMixin):
         large = F.interpolate(low.float(), scale_factor=factor, mode=mode, align_corners=False, antialias=antialias)
         return UpsamplerContext(large.to(low.dtype).contiguous(memory_format=torch.channels_last))
 
+    def at_steps(self, context: UpsamplerContext, steps: Sequence[int]) -> UpsamplerContext:
+        """The context with all that the steps of a run decide, too; it is then good for these steps alone."""
+        return context._replace(times=self.unet.at_steps(steps, None, len(context.low)))
+
     def forward(self, x_t: Tensor, t: Tensor, context: UpsamplerContext | None = None, **conditions) -> Tensor:
         """One evaluation. Give `context`, or `low`, the keyword argument of `encode_context`.
 
@@ -97,4 +103,4 @@ class Upsampler(ModelMixin, ConfigMixin):
                 f"x_t has shape {tuple(x_t.shape)}, but the low-resolution picture upsampled has {tuple(low.shape)}: "
                 f"x_t must be {self.config['factor']} times the size of low"
             )
-        return self.unet(torch.cat([x_t, low.to(x_t.dtype)], dim=1), t)
+        return self.unet(torch.cat([x_t, low.to(x_t.dtype)], dim=1), t, times=context.times)

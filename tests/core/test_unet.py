@@ -134,3 +134,26 @@ def test_refuses_pictures_that_do_not_fit(shape):
 def test_refuses_steps_that_do_not_fit():
     with pytest.raises(ValueError, match="t has shape"):
         randomised()(torch.zeros(2, 3, 8, 8), torch.zeros(1))
+
+
+@pytest.mark.parametrize("time_conditioning", ["scale_shift", "additive"])
+@torch.no_grad()
+def test_times_of_a_whole_run_are_those_of_each_step(time_conditioning):
+    unet = randomised(time_conditioning=time_conditioning)
+    x, _ = inputs(b=2)
+    addend = torch.randn(2, unet.time_dim)
+    for given in (addend, None):
+        times = unet.at_steps([999, 500, 0], given, 2)
+        for t in (torch.tensor([500, 500]), torch.tensor([0, 999])):
+            torch.testing.assert_close(unet(x, t, given, times=times), unet(x, t, given), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_step_that_no_times_were_kept_for_is_nan_and_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch):
+    unet = randomised()
+    x, _ = inputs(b=2)
+    out = unet(x, torch.tensor([500, 501]), times=unet.at_steps([500, 0], None, 2))
+    assert out[0].isfinite().all() and out[1].isnan().all()
+    monkeypatch.setattr("unclip.core.unet.MOST_TIMES", 2 * 2 * unet.time_projection.out_features)
+    assert unet.at_steps([500, 0], None, 2) is not None
+    assert unet.at_steps([500, 250, 0], None, 2) is None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -18,9 +18,26 @@ from unclip.core.layers import (
     TimeConditioning,
     fold,
     group_norm,
+    silu,
     unfold,
     zero_init,
 )
+from unclip.core.products import Linear
+
+MOST_TIMES = 2**24  # numbers that `UNet.at_steps` keeps at most
+
+
+class Times(NamedTuple):
+    """The time projections of all residual blocks at every step of a run."""
+
+    steps: Tensor  # (b, s)
+    projections: Tensor  # (b, s, time_channels of all blocks)
+
+    def at(self, t: Tensor) -> Tensor:
+        """Those at the steps t (b,): (b, time_channels of all blocks); NaN at a step that is not among them."""
+        found = self.steps == t[:, None]  # b s
+        chosen = self.projections[torch.arange(len(t), device=t.device), found.int().argmax(1)]
+        return torch.where(found.any(1, keepdim=True), chosen, torch.nan)
 
 
 class Resample(nn.Module):
@@ -188,7 +205,7 @@ class UNet(nn.Module):
         self.output = zero_init(nn.Conv2d(widths[0], out_channels * area * doubled, 3, padding=1))
         # One matrix for the time projections of all residual blocks: one product a step in place of dozens.
         self.time_widths = [[b.time_channels for b in stage.res_blocks()] for stage in self.stages()]
-        self.time_projection = nn.Linear(self.time_dim, sum(map(sum, self.time_widths)))
+        self.time_projection = Linear(self.time_dim, sum(map(sum, self.time_widths)))
 
     def stages(self) -> list[Stage]:
         """All stages in the order in which they run."""
@@ -202,15 +219,21 @@ class UNet(nn.Module):
         """Keys and values of context tokens (b, n, context_width), for each attention layer."""
         return tuple(layer.project_context(tokens) for layer in self.attention_layers())
 
-    def embed_time(self, t: Tensor, addend: Tensor | None) -> list[list[Tensor]]:
-        """Time projections (b, time_channels) of each stage's residual blocks, of t (b,) plus addend (b, time_dim)."""
+    def project_time(self, t: Tensor, addend: Tensor | None) -> Tensor:
+        """Time projections of all residual blocks, (…, time_channels of all), of t (n,) and addend (…, time_dim)."""
         sines = self.time_steps(t).to(self.time_projection.weight.dtype)
-        embedding = self.time_embedding(sines)  # b time_dim
+        embedding = self.time_embedding(sines)  # n time_dim
         if addend is not None:
             embedding = embedding + addend
-        projections = self.time_projection(F.silu(embedding))
-        parts = iter(projections.split([width for widths in self.time_widths for width in widths], dim=1))
-        return [[next(parts) for _ in widths] for widths in self.time_widths]
+        return self.time_projection(F.silu(embedding))
+
+    def at_steps(self, steps: Sequence[int], addend: Tensor | None, batch: int) -> Times | None:
+        """What `forward` takes as `times`, for the steps of a run; None where that is too much to keep."""
+        if batch * len(steps) * self.time_projection.out_features > MOST_TIMES:
+            return None
+        t = torch.tensor(steps, device=self.time_projection.weight.device)
+        projections = self.project_time(t, None if addend is None else addend[:, None])
+        return Times(t.expand(batch, -1), projections.expand(batch, -1, -1))
 
     def forward(
         self,
@@ -219,28 +242,32 @@ class UNet(nn.Module):
         addend: Tensor | None = None,
         keys_values: Sequence[KeysValues] | None = None,
         mask: Tensor | None = None,
+        times: Times | None = None,
     ) -> Tensor:
         """One evaluation.
 
         x: (b, in_channels, h, w); t: (b,) steps 0 … 999; addend: (b, time_dim), added to the embedding of t;
-        keys_values: what `project_context` gave; mask: (b, n) bool, true on context tokens that count.
+        keys_values: what `project_context` gave; mask: (b, n) bool, true on context tokens that count; times: what
+        `at_steps` gave for this addend, t among its steps.
         Returns (b, out_channels, h, w), or (b, 2·out_channels, h, w) with learned variance.
         """
         check_picture("x_t", x, self.in_channels, self.multiple)
         if t.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; expected one step per picture: ({x.shape[0]},)")
-        times = iter(self.embed_time(t, addend))
+        projections = self.project_time(t, addend) if times is None else times.at(t)
+        parts = iter(projections.split([width for widths in self.time_widths for width in widths], dim=1))
+        remaining = iter([[next(parts) for _ in widths] for widths in self.time_widths])
         contexts = iter(keys_values or ())
         h = self.input(fold(x, self.patch_size).contiguous(memory_format=torch.channels_last))  # b c h w
         skips = [h]
         for stage in self.down:
-            h = self.run(stage, h, times, contexts, mask)
+            h = self.run(stage, h, remaining, contexts, mask)
             skips.append(h)
         for stage in self.middle:
-            h = self.run(stage, h, times, contexts, mask)
+            h = self.run(stage, h, remaining, contexts, mask)
         for stage in self.up:
-            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), times, contexts, mask)
-        return unfold(self.output(F.silu(self.norm(h))), self.patch_size)
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), remaining, contexts, mask)
+        return unfold(self.output(silu(self.norm(h))), self.patch_size)
 
     def run(self, stage, h: Tensor, times, contexts, mask: Tensor | None) -> Tensor:
         """Runs one stage on the next of the time projections and contexts; recomputes it backward if asked to."""
