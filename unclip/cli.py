@@ -109,6 +109,8 @@ def sample(
     device: Devices = Device.auto,
     dtype: DTypes = DType.auto,
     model: Model = None,
+    tile: Annotated[int | None, typer.Option(help="Upsample in overlapping tiles of this side: less memory.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the networks: for many pictures.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures on one sheet.")] = False,
 ) -> None:
     """Draw pictures of prompts; the last line of output is the path of the last picture, or of the sheet."""
@@ -124,6 +126,9 @@ def sample(
 
     quiet_libraries()
     pipe = UnCLIP.from_pretrained(model, dtype.value, device.value)
+    pipe.use_tiles(tile)
+    if compile:
+        pipe.compile()
     with closing(Bars()) as bars:
         for path in draw(
             pipe, texts, num_images, seed, out, grid, bars,

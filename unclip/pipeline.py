@@ -37,7 +37,7 @@ from unclip.folder import INDEX, announce, find_model, license_notice, load_fold
 from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
 from unclip.prompts import best_rows, check_best_of, check_negative, decode_prompts, embed_prompts
 from unclip.sources import check_output_type
-from unclip.stages import Known, UnCLIPOutput, finish, run_autoregressive, run_stage
+from unclip.stages import Known, UnCLIPOutput, compile_networks, finish, run_autoregressive, run_stage, use_tiles
 from upsamplers.upsampler import Upsampler
 
 
@@ -46,7 +46,7 @@ class UnCLIP(DiffusionPipeline):
 
     A call is the sum of the public stages `encode_text`, `sample_z_i`, `decode`, `upsample`, each under its
     settings (`settings(preset)[stage]`). Picture i is a function of its prompt, its seed and its settings alone.
-    `batch_size` holds how many pictures each stage works on at once.
+    `batch_size` holds how many pictures each stage works on at once; `use_tiles` bounds the memory of upsampling.
     """
 
     model_cpu_offload_seq = "prior->prior_ar->decoder->upsampler_256->upsampler_256_last->upsampler_1024"
@@ -103,6 +103,7 @@ class UnCLIP(DiffusionPipeline):
         self.register_to_config(presets=write_presets(self.presets), license=license, unit_norm=unit_norm)
         self.model_name, self.unit_norm, self.license_text = name, unit_norm, license_notice(license)
         self.batch_size = {"prior": 64, "decoder": 16, "upsampler_256": 1, "upsampler_1024": 1}
+        self.tile: int | None = None
         self._null_contexts: dict[tuple[str, int], tuple[Any, Any]] = {}
         for net in (decoder, upsampler_256, upsampler_256_last, upsampler_1024):
             if net is not None:
@@ -315,6 +316,9 @@ class UnCLIP(DiffusionPipeline):
         if size not in self.sizes:
             raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
         return size
+
+    compile = compile_networks
+    use_tiles = use_tiles
 
     # --- what one can do with (z_i, x_T): §3
 

@@ -18,7 +18,9 @@ class StageSettings:
     solver: a name of `core.sampling.SOLVERS`; steps: a count, or the list of training steps to visit; guidance_scale:
     1 is the conditional model, without a second half to each call; draws: how many z_i the prior draws, of which the
     one with the larger z_i·z_t is kept (§2.2); eta: DDIM's η; options: further fields of the scheduler's config;
-    eight_bits: whether an upsampler gets its pictures at 8 bits, as from a file, or as the stage before gave them.
+    eight_bits: whether an upsampler gets its pictures at 8 bits, as from a file, or as the stage before gave them;
+    guidance_interval: the lowest and the highest training step that is guided, None for all (the others are as at
+    scale 1, and take half as long).
     The prior's solver "ar" is the autoregressive prior: it has no steps, and its options are temperature and top_p.
     Raises ValueError for values out of range.
     """
@@ -30,6 +32,7 @@ class StageSettings:
     eta: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     eight_bits: bool = True
+    guidance_interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, Sequence) and not isinstance(self.steps, str):
@@ -43,6 +46,8 @@ class StageSettings:
             raise ValueError(f"steps are {self.steps}; give at least 1.")
         if not isinstance(self.guidance_scale, int | float) or not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance scale is {self.guidance_scale!r}; give a number from 0 to 100, 1 for none.")
+        if self.guidance_interval is not None:
+            object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
         if not isinstance(self.eta, int | float) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta!r}; give a number from 0 to 1.")
         if not isinstance(self.solver, str) or not isinstance(self.options, Mapping):
@@ -51,6 +56,14 @@ class StageSettings:
             )
         if isinstance(self.draws, bool) or not isinstance(self.draws, int) or not 1 <= self.draws <= 64:
             raise ValueError(f"draws are {self.draws!r}; give a whole number from 1 to 64.")
+
+
+def check_interval(interval: Any) -> tuple[int, int]:
+    """An interval of training steps as a pair. Raises ValueError for what is none."""
+    ends = list(interval) if isinstance(interval, Sequence) and not isinstance(interval, str) else []
+    if len(ends) != 2 or any(isinstance(t, bool) or not isinstance(t, int) for t in ends) or ends[0] > ends[1]:
+        raise ValueError(f"guidance interval is {interval!r}; give the lowest and the highest step, as [100, 900].")
+    return ends[0], ends[1]
 
 
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -108,7 +121,7 @@ def write_presets(presets: Mapping[str, Mapping[str, StageSettings]]) -> dict[st
     """The presets as plain JSON types, which `read_presets` reads."""
     return {
         name: {
-            stage: {**asdict(s), "steps": list(s.steps) if isinstance(s.steps, tuple) else s.steps}
+            stage: {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(s).items()}
             for stage, s in stages.items()
         }
         for name, stages in presets.items()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prior.diffusion_prior import DiffusionPrior
 from unclip.arguments import Callback, OutputType, Pictures, as_type, cast, finite, reporter
 from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import (
@@ -18,6 +19,7 @@ from unclip.core.sampling import (
     Denoise,
     Seed,
     guided,
+    map_context,
     picture_generators,
     repeat_context,
     resolve_timesteps,
@@ -26,6 +28,8 @@ from unclip.core.sampling import (
 )
 from unclip.folder import fingerprint
 from unclip.presets import StageSettings
+from upsamplers.tiles import Tiled
+from upsamplers.upsampler import Upsampler
 
 if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
@@ -85,17 +89,20 @@ def run_stage(
     device, against = place(net), None
     if negative and negative.strip() and "text" in conditions and settings.guidance_scale != 1:
         conditions, against = padded_alike(conditions, caption(pipe, [negative], conditions["text"].shape[1]))
+    step = net if pipe.tile is None or not isinstance(net, Upsampler) else Tiled(net, pipe.tile)
+    end = last if pipe.tile is None or last is None else Tiled(last, pipe.tile)
+    scale, interval = settings.guidance_scale, settings.guidance_interval
     results, batches = [], -(-len(seeds) // at_once)
     for batch in range(batches):
         rows = slice(batch * at_once, (batch + 1) * at_once)
         generators = picture_generators(seeds[rows], stage or name)
         drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
         noise = (drawn if x_T is None else x_T[rows].float()).to(device)
-        context = net.encode_context(**{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
-        null = null_context(pipe, name, conditions, len(noise), against) if settings.guidance_scale != 1 else None
-        denoise = guided(net, context, null, settings.guidance_scale)
-        if last is not None:
-            denoise = ending(denoise, guided(last, context, null, settings.guidance_scale), steps[-1])
+        context = encode_rows(net, {k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
+        null = null_context(pipe, name, conditions, len(noise), against) if scale != 1 else None
+        denoise = guided(step, at_steps(net, context, steps), at_steps(net, null, steps), scale, interval)
+        if end is not None:
+            denoise = ending(denoise, guided(end, context, null, scale, interval), steps[-1])
         if known is not None:
             denoise = keeping(denoise, Diffusion.from_scheduler(scheduler).to(device), known)
         report = reporter(callback, name, len(steps) - rises, draw[0] * batches + batch, draw[1] * batches)
@@ -156,6 +163,38 @@ def finish(
     return UnCLIPOutput(pictures[size], z_i.float().cpu(), pictures, numbers)
 
 
+def use_tiles(pipe: UnCLIP, side: int | None) -> None:
+    """From here on upsamples in overlapping tiles of so many pixels, for less memory; None: whole pictures.
+
+    The pictures differ a little from those upsampled whole (`upsamplers.tiles`). Raises ValueError for a side that does
+    not fit the upsamplers.
+    """
+    for net in (pipe.upsampler_256, pipe.upsampler_1024):
+        if net is not None and side is not None:
+            Tiled(net, side)
+    pipe.tile = side
+
+
+def compile_networks(pipe: UnCLIP) -> None:
+    """Compiles every network's step by torch.compile: the first call takes minutes, those after it less time."""
+    for name in ("prior", *pipe.networks.values(), "upsampler_256_last"):
+        if getattr(pipe, name) is not None:
+            getattr(pipe, name).compile()
+
+
+def encode_rows(net: Any, conditions: Mapping[str, Tensor]) -> Any:
+    """A network's context, in which what the pictures of one prompt share is computed once."""
+    repeats = torch.stack([(v[1:] == v[:-1])[:, None].flatten(1).all(1) for v in conditions.values()]).all(0)  # b−1
+    first = F.pad(~repeats, (1, 0), value=True)  # b
+    context = net.encode_context(**{k: v[first] for k, v in conditions.items()})
+    return context if bool(first.all()) else map_context(lambda x: x[first.cumsum(0) - 1], context)
+
+
+def at_steps(net: Any, context: Any, steps: Sequence[int]) -> Any:
+    """A context with what the steps of a run decide, of networks that keep any of that."""
+    return context if context is None or isinstance(net, DiffusionPrior) else net.at_steps(context, steps)
+
+
 def ending(denoise: Denoise, last: Denoise, step: int) -> Denoise:
     """A denoise that is `last` at `step`, and `denoise` at all others."""
     return lambda x_t, t: (last if int(t[0]) == step else denoise)(x_t, t)
@@ -203,7 +242,8 @@ def null_context(
     empty_prompt = not net.config["learned_null"] if name == "prior" else net.config["z_t_width"] is not None
     mark = fingerprint(net) + (fingerprint(pipe.clip) if empty_prompt else ())
     key = (name, conditions["text"].shape[1] if "text" in conditions else 0)
-    if against is not None or kept.get(key, (None, None))[0] != mark:
+    of, context = kept.get(key, (None, None))
+    if against is not None or of != mark:
         device = place(net)
         null = {k: torch.zeros_like(v[:1]) for k, v in conditions.items()}
         drops = [] if name == "prior" else ["drop_z_i"]
@@ -213,10 +253,9 @@ def null_context(
             drops.append("drop_text")
         null |= {drop: torch.ones(1, dtype=torch.bool) for drop in drops}
         context = net.encode_context(**{k: cast(v, device, net.dtype) for k, v in null.items()})
-        if against is not None:
-            return repeat_context(context, rows)
-        kept[key] = (mark, context)
-    return repeat_context(kept[key][1], rows)
+        if against is None:
+            kept[key] = (mark, context)
+    return repeat_context(context, rows)
 
 
 def caption(pipe: UnCLIP, prompts: Sequence[str], length: int = 0) -> dict[str, Tensor]:
