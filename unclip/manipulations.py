@@ -138,6 +138,9 @@ def vary(
     which reconstructs the picture n times, to 1; keep_alpha: results get the picture's transparency. Result i has the
     seed seed + i.
     """
+    width = pipe.decoder.config["z_i_width"]
+    if isinstance(source, Tensor) and tuple(source.shape) != (1, width):
+        raise ValueError(f"z_i is {tuple(source.shape)}; give (1, {width}), and n for several pictures of it.")
     plan = make_plan(pipe, options, n)
     settings = ddim_settings(pipe, plan.ddim.steps, plan.ddim.guidance_scale, eta)
     alpha = _alpha_of(source, plan) if keep_alpha else None
@@ -308,16 +311,22 @@ def component_counts(pipe: UnCLIP, components: Sequence[int] | None = None) -> l
     if basis is None:
         raise ValueError("this model has no principal components; fit them by `unclip pca fit`.")
     most = len(basis.components)
-    counts = [*(k for k in COMPONENTS if k < most), most] if components is None else list(components)
-    if not counts or any(isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most for k in counts):
-        raise ValueError(f"components are {counts}; this model has {most}, give whole numbers from 1 to that.")
-    return counts
+    counts = [*(k for k in COMPONENTS if k < most), most] if components is None else components
+    if (
+        not isinstance(counts, Sequence)
+        or not counts
+        or any(isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most for k in counts)
+    ):
+        raise ValueError(
+            f"components are {counts}; this model has {most}, give a list of whole numbers from 1 to that."
+        )
+    return list(counts)
 
 
 def check_fractions(name: str, values: Sequence[float]) -> None:
     """Raises ValueError unless there are values, all of them numbers in [0, 1]."""
-    if not len(values):
-        raise ValueError(f"{name} is missing; give a number from 0 to 1, or several.")
+    if not isinstance(values, Sequence) or not len(values):
+        raise ValueError(f"{name} came as {values!r}; give a list of numbers from 0 to 1.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")

@@ -217,7 +217,7 @@ def test_a_reconstruction_from_all_components_is_that_from_the_embedding(with_ba
 def test_component_counts_are_the_papers_as_far_as_the_basis_goes(pipe: UnCLIP, with_basis: UnCLIP) -> None:
     assert component_counts(with_basis) == [16]
     assert component_counts(SimpleNamespace(pca=PCA(100))) == [20, 30, 40, 80, 100]  # pyright: ignore[reportArgumentType]
-    for wrong in ([], [0], [17], [4.0], [True]):
+    for wrong in ([], [0], [17], [4.0], [True], 4):
         with pytest.raises(ValueError, match="this model has 16"):
             with_basis.reconstruct(picture(), wrong)
     with pytest.raises(ValueError, match="unclip pca fit"):
@@ -309,7 +309,9 @@ def test_alpha_is_kept_where_asked(pipe: UnCLIP) -> None:
         (lambda p: p.interpolate(CAPTION, OTHER, 1), "n is 1"),
         (lambda p: p.interpolate(CAPTION, OTHER, x_T="linear"), "x_T is 'linear'"),
         (lambda p: p.edit(picture(), ""), "prompt is empty"),
-        (lambda p: p.edit(picture(), CAPTION, strengths=[]), "strength is missing"),
+        (lambda p: p.edit(picture(), CAPTION, strengths=[]), "strength came as"),
+        (lambda p: p.edit(picture(), CAPTION, strengths=0.3), "strength came as 0.3"),
+        (lambda p: p.vary(torch.zeros(2, 16)), r"z_i is \(2, 16\)"),
         (lambda p: p.edit(picture(), CAPTION, strengths=[0.1, 2]), "strength is 2"),
         (lambda p: p.img2img(picture(), CAPTION, -0.1), "strength is -0.1"),
         (lambda p: p.img2img(picture(), "a|", 0.5), "empty part"),
