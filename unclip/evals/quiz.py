@@ -94,7 +94,7 @@ def evaluate(
         for i, (picture, question) in enumerate(
             zip(pil_from_pixels(cast(Tensor, drawn.images)), asked, strict=True), 1
         ):
-            question_sheet(picture, f"{i} of {len(asked)}", question.options).save(partial / f"{i:02d}.png")
+            question_sheet(picture, f"Picture {i} of {len(asked)}", question.options).save(partial / f"{i:02d}.png")
         blank = "".join(f"{i}:\n" for i in range(1, len(asked) + 1))
         (partial / ANSWERS).write_text(f"# after each picture's number the number of its caption\n{blank}", "utf-8")
         write_json({**key, "questions": [question._asdict() for question in asked]}, partial / KEY)
