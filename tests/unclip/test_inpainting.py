@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -43,6 +43,7 @@ def mask_of(width: int, height: int, box: tuple[int, int, int, int]) -> Image.Im
 # --- the list of steps
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=40, unique=True), st.integers(1, 5), st.integers(1, 12))
 def test_each_stretch_is_walked_so_often_and_then_the_next(found: list[int], times: int, stretch: int) -> None:
     steps = sorted(found, reverse=True)
