@@ -210,8 +210,6 @@ def measure_stage(
 ) -> list[Row]:
     """Warms every side up with two steps, which tell its memory; then runs all in turn, `rounds` times."""
     sides = [(side, dtype) for side, dtype, name in works if name == stage]
-    for side in sides:
-        works[*side, stage](2)
     memory = {side: memory_mb(lambda side=side: works[*side, stage](2), device) for side in sides}
     counted = {side: of_steps(works[side, options.dtypes[0], stage], steps) for side in ("ours", "peer")}
     runs: dict[tuple[str, str], list[Run]] = {side: [] for side in sides}
