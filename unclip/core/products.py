@@ -36,7 +36,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def by_onednn(x: Tensor) -> bool:
     """Whether products of x are to be oneDNN's."""
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
