@@ -100,13 +100,7 @@ class Decoder(ModelMixin, ConfigMixin):
         sketch_width: int = 512,
     ):
         super().__init__()
-        if norm_context not in ("all", "text") or (z_t_width is not None and text_width is None):
-            raise ValueError(
-                f"norm_context is {norm_context!r}, z_t_width {z_t_width} and text_width {text_width}; expected 'all' "
-                "or 'text', and z_t_width only with text_width"
-            )
-        if null_z_i not in ("learned", "zeros"):
-            raise ValueError(f"null_z_i is {null_z_i!r}; expected 'learned' or 'zeros'")
+        check_choices(norm_context, null_z_i, text_width, z_t_width)
         grids = [sample_size // patch_size // 2**level for level in range(len(channel_multipliers))]
         if unknown := [side for side in attention_resolutions if side not in grids]:
             raise ValueError(f"attention_resolutions name {unknown}; the grids of this decoder are {grids}")
@@ -236,6 +230,7 @@ class Decoder(ModelMixin, ConfigMixin):
         drop_text: Tensor | None,
         z_t: Tensor | None,
     ) -> None:
+        """Raises ValueError unless conditions have the shapes and types that `encode_context` states."""
         if z_i.ndim != 2 or z_i.shape[1] != self.z_i_width:
             raise ValueError(f"z_i has shape {tuple(z_i.shape)}; this decoder expects (b, {self.z_i_width})")
         batch = len(z_i)
@@ -258,3 +253,14 @@ class Decoder(ModelMixin, ConfigMixin):
         for name, (value, shape) in expected.items():
             if value is not None and (value.dtype != torch.bool or tuple(value.shape) != shape):
                 raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; expected bool of shape {shape}")
+
+
+def check_choices(norm_context: str, null_z_i: str, text_width: int | None, z_t_width: int | None) -> None:
+    """Raises ValueError where `Decoder`'s arguments are not among those offered, or do not fit each other."""
+    if norm_context not in ("all", "text") or (z_t_width is not None and text_width is None):
+        raise ValueError(
+            f"norm_context is {norm_context!r}, z_t_width {z_t_width} and text_width {text_width}; expected 'all' "
+            "or 'text', and z_t_width only with text_width"
+        )
+    if null_z_i not in ("learned", "zeros"):
+        raise ValueError(f"null_z_i is {null_z_i!r}; expected 'learned' or 'zeros'")
