@@ -18,10 +18,10 @@ from torch import Tensor
 from unclip.core.data import Draws, pil_from_pixels
 from unclip.core.files import write_json
 from unclip.core.masks import random_masks
-from unclip.evals.concepts import Gallery, corpus_features, trained_concepts
-from unclip.evals.corpus import SIDE, load_corpus, to_bytes
-from unclip.evals.features import Featurize, Judge
-from unclip.evals.inversion import choose
+from unclip.evals.concepts import Gallery
+from unclip.evals.corpus import SIDE, to_bytes
+from unclip.evals.features import Featurize
+from unclip.evals.manipulations import judged_drawings
 from unclip.evals.sheets import to_images
 from unclip.inpainting import RESAMPLES, read_known
 
@@ -114,11 +114,7 @@ def evaluate(
     from unclip.pipeline import UnCLIP
 
     folder, name = find_model(model)
-    real = load_corpus(corpus)
-    held_out = [drawing for drawing in real.drawings if drawing.split == split]
-    rows = choose(held_out, count, trained_concepts(folder), seed)
-    judge = Judge()
-    gallery = Gallery(corpus_features(real, featurize=judge), [drawing.concept for drawing in real.drawings])
+    real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed)
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     pictures, captions = to_images(real.pictures(rows)), [real.drawings[row].caption for row in rows]
     found = measure(

@@ -19,7 +19,7 @@ from torch import Tensor
 from unclip.core.files import write_json
 from unclip.corpora.shapes import COLOURS, SHAPES, Scene, captions_of, draw, scenes
 from unclip.evals.concepts import Gallery, corpus_features, trained_concepts
-from unclip.evals.corpus import SIDE, load_corpus, to_bytes
+from unclip.evals.corpus import SIDE, Corpus, load_corpus, to_bytes
 from unclip.evals.features import Featurize, Judge
 from unclip.evals.inversion import choose
 from unclip.evals.shapes import Reading, read
@@ -102,6 +102,20 @@ def measure_interpolations(
     }
 
 
+def judged_drawings(
+    folder: Path, corpus: str | Path, split: str, count: int, seed: int
+) -> tuple[Corpus, list[int], Gallery, Judge]:
+    """The corpus, rows of `count` drawings of a split, of the concepts that the model in `folder` was trained on, the
+    mean features of all concepts, and the network that made them. Raises ValueError, FileNotFoundError.
+    """
+    real = load_corpus(corpus)
+    of_split = [drawing for drawing in real.drawings if drawing.split == split]
+    rows = choose(of_split, count, trained_concepts(folder), seed)
+    judge = Judge()
+    gallery = Gallery(corpus_features(real, featurize=judge), [drawing.concept for drawing in real.drawings])
+    return real, rows, gallery, judge
+
+
 def evaluate(
     model: str | None,
     corpus: str | Path = "corpora/emoji-64",
@@ -122,11 +136,7 @@ def evaluate(
     from unclip.pipeline import UnCLIP
 
     folder, name = find_model(model)
-    real = load_corpus(corpus)
-    held_out = [drawing for drawing in real.drawings if drawing.split == split]
-    rows = choose(held_out, count, trained_concepts(folder), seed)
-    judge = Judge()
-    gallery = Gallery(corpus_features(real, featurize=judge), [drawing.concept for drawing in real.drawings])
+    real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed)
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     pictures = to_images(real.pictures(rows))
     options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
