@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
-from unclip.clip.remember import RememberedCLIP
+from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, main
-from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
+from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
@@ -38,15 +38,36 @@ class DecoderConfig:
     noisy_from: int = 700
     drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
     drop_text: float = 0.5
+    z_i_noise: float = 0.0  # noise added to z_i, up to so many of the training embeddings' own deviations
     remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
 
 
 @torch.no_grad()
-def encode(clip: RememberedCLIP, x0: Tensor, captions: list[str], z_i: Tensor | None = None) -> dict[str, Tensor]:
-    """The decoder's conditions for pictures x0 (b, 3, h, w) and captions; a `z_i` (b, d) computed before is kept."""
+def encode(
+    clip: RememberedCLIP, batch: Batch, x0: Tensor, captions: list[str], background: float = 0.0
+) -> dict[str, Tensor]:
+    """The decoder's conditions for the pictures x0 (b, 3, h, w) of a batch, and their captions."""
     text = clip.encode_text(captions)
-    z_i = clip.encode_image(x0) if z_i is None else z_i
-    return {"z_i": z_i.float(), "text": text.states.float(), "text_mask": text.mask}
+    z_i = picture_embeddings(clip, batch, x0, background)
+    return {"z_i": z_i, "text": text.states.float(), "text_mask": text.mask}
+
+
+def embedding_spread(clip: RememberedCLIP, dataset: ShardDataset, config: DecoderConfig) -> Tensor:
+    """A matrix L (d, d) of which noise @ L.T varies as the z_i of the training pictures do."""
+    z_i, _ = training_embeddings(clip, dataset, 10_000, config.data.background, config.train.seed)
+    covariance = torch.cov(z_i.double().T)
+    floor = 1e-6 * covariance.diagonal().mean() * torch.eye(len(covariance), device=z_i.device)  # fewer rows than d
+    return torch.linalg.cholesky(covariance + floor).float()
+
+
+def blur_z_i(z_i: Tensor, spread: Tensor, draws: Draws, most: float) -> Tensor:
+    """z_i (b, d) with noise of that spread (d, d), up to `most` times as large, at its own norm again.
+
+    A decoder that has seen the embeddings of its pictures alone knows each by heart, and draws a smear of several for
+    the prior's z_i, which lie between them.
+    """
+    noise = draws.normal(z_i.shape[1]) @ spread.T * (most * draws.uniform()[:, None])
+    return F.normalize(z_i + noise, dim=-1) * z_i.norm(dim=-1, keepdim=True)
 
 
 def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, noisy_from: int) -> Tensor:
@@ -67,15 +88,21 @@ def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, n
     return torch.where(draws.uniform() < noisy_share, noisy, t)
 
 
-def decoder_loss(config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
-    """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned, plus a sketch's error."""
+def decoder_loss(
+    config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusion, spread: Tensor | None = None
+) -> LossFn:
+    """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned, plus a sketch's error.
+
+    spread: `embedding_spread`, where z_i gets noise.
+    """
     sketches = config.model.get("sketch_side") is not None
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
         x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
-        # an embedding computed before is that of the picture on white
-        conditions = encode(clip, x0, captions, None if config.data.background else batch.get("z_i"))
+        conditions = encode(clip, batch, x0, captions, config.data.background)
+        if spread is not None:
+            conditions["z_i"] = blur_z_i(conditions["z_i"], spread, draws, config.z_i_noise)
         t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
@@ -98,7 +125,7 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 
     def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
         x0, captions = draw_pictures_and_captions(batch, batch["draws"], 0.0)
-        conditions = encode(clip, x0, captions, batch.get("z_i"))
+        conditions = encode(clip, batch, x0, captions)
         dropped = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
         context = model.encode_context(**conditions)  # pyright: ignore[reportCallIssue]
         null = model.encode_context(**conditions, drop_z_i=dropped, drop_text=dropped)  # pyright: ignore[reportCallIssue]
@@ -120,7 +147,8 @@ def run(config: DecoderConfig) -> Path:
     start_from(model, config.start)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)
-    loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device))
+    spread = embedding_spread(clip, dataset, config) if config.z_i_noise else None
+    loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device), spread)
     return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
 
 

@@ -16,10 +16,10 @@ from prior.diffusion_prior import DiffusionPrior
 from prior.evaluate import evaluate
 from prior.pca import PCA
 from unclip.clip.model import CLIP
-from unclip.clip.remember import RememberedCLIP
+from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
 from unclip.core.analytic import x0_variance
 from unclip.core.config import TrainConfig, main
-from unclip.core.data import DataConfig, Draws, ShardDataset, collate, draw_pictures_and_captions
+from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.files import whole_folder, write_json
 from unclip.core.sampling import guided, make_sampler
@@ -45,13 +45,6 @@ class PriorConfig:
     remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
     evaluate: list[str] = field(default_factory=list)  # splits sampled at the end; figures go to OUT/evaluation.json
     estimate_variance: int = 0  # pictures; nothing is trained: OUT/scheduler gets the analytic variance of OUT/model
-
-
-def picture_embeddings(clip: RememberedCLIP, batch: Batch, x0: Tensor, background: float) -> Tensor:
-    """z_i (b, d), float32: as stored with the data where backgrounds are not drawn, else of the pictures x0."""
-    if "z_i" in batch and background == 0:
-        return batch["z_i"].to(x0.device)
-    return clip.encode_image(x0).float()
 
 
 def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
@@ -109,28 +102,9 @@ def autoregressive_loss(config: PriorConfig, clip: RememberedCLIP) -> LossFn:
     return loss_fn
 
 
-@torch.no_grad()
-def training_embeddings(
-    clip: RememberedCLIP, dataset: ShardDataset, config: PriorConfig, count: int
-) -> tuple[Tensor, list[str]]:
-    """z_i (n, d) of n evenly spaced samples, `count` at most, with the backgrounds of training; and their captions."""
-    if count < 1:
-        raise ValueError(f"embeddings of {count} pictures are asked for: set statistics, or estimate_variance, higher.")
-    count = min(len(dataset), count)
-    rows = [i * len(dataset) // count for i in range(count)]
-    z_i, captions = [], []
-    for first in range(0, count, 128):
-        part = rows[first : first + 128]
-        batch = collate([dataset[i] for i in part])
-        pixels, drawn = draw_pictures_and_captions(batch, Draws(config.train.seed, 0, part), config.data.background)
-        z_i.append(picture_embeddings(clip, batch, pixels.to(clip.device), config.data.background))
-        captions += drawn
-    return torch.cat(z_i), captions
-
-
 def embedding_statistics(clip: RememberedCLIP, dataset: ShardDataset, config: PriorConfig) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of z_i, each (d,)."""
-    z, _ = training_embeddings(clip, dataset, config, config.statistics)
+    z, _ = training_embeddings(clip, dataset, config.statistics, config.data.background, config.train.seed)
     return z.mean(0), z.std(0, correction=0).clamp(min=1e-4)  # a constant dimension stays finite
 
 
@@ -153,7 +127,7 @@ def make_autoregressive_prior(config: PriorConfig, clip: RememberedCLIP, dataset
     sizes = sizes_of(config, clip.clip)
     if config.schedule != "cosine" or config.weighting != "none":
         raise ValueError("an autoregressive prior has no noise: leave schedule and weighting out of its recipe.")
-    z_i, captions = training_embeddings(clip, dataset, config, config.statistics)
+    z_i, captions = training_embeddings(clip, dataset, config.statistics, config.data.background, config.train.seed)
     basis = PCA.fit(z_i)
     components = config.model.get("components") or basis.components_for(config.error)
     z_t = torch.cat([clip.encode_text(captions[i : i + 128]).z_t for i in range(0, len(captions), 128)])
@@ -174,7 +148,9 @@ def estimate_variance(config: PriorConfig, clip: RememberedCLIP, dataset: ShardD
     prior: Any = DiffusionPrior.from_pretrained(folder.parent / "model")
     prior = prior.to(clip.device).eval()
     scheduler = make_sampler(DDPMScheduler.load_config(folder), "ddpm")
-    z_i, captions = training_embeddings(clip, dataset, config, config.estimate_variance)
+    z_i, captions = training_embeddings(
+        clip, dataset, config.estimate_variance, config.data.background, config.train.seed
+    )
     generator = torch.Generator().manual_seed(config.train.seed)
     total = torch.zeros(int(scheduler.config["num_train_timesteps"]))
     for first in tqdm(range(0, len(z_i), 128), desc="variance", unit=" batch"):

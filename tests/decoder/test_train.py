@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoder.decoder import Decoder
-from decoder.train import DecoderConfig, decoder_loss, decoder_samples, draw_timesteps, run
+from decoder.train import (
+    DecoderConfig,
+    blur_z_i,
+    decoder_loss,
+    decoder_samples,
+    draw_timesteps,
+    embedding_spread,
+    run,
+)
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.config import TrainConfig, main, parse
@@ -75,6 +83,29 @@ def test_a_share_of_the_samples_is_noisy():
             steps(share, start)
 
 
+def test_noise_on_z_i_varies_as_the_embeddings_do(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, z_i_noise=0.5)
+    z_i = clip.encode_image(to_pixels(rows["image"]))
+    spread = embedding_spread(clip, ShardDataset(config.data), config)
+    covariance = torch.cov(z_i.T)
+    assert torch.allclose(spread @ spread.T, covariance, atol=1e-5 * float(covariance.diagonal().mean()))
+    assert torch.allclose(blur_z_i(z_i, spread, Draws(0, 0, range(16)), 0.0), z_i, atol=1e-6)
+    unit = torch.ones(1000, 1) * F.normalize(z_i.mean(0), dim=0)
+    blurred = blur_z_i(unit, spread, Draws(0, 0, range(1000)), 0.1)
+    assert torch.allclose(blurred.norm(dim=-1), torch.tensor(1.0), atol=1e-5)
+    # of noise of up to m deviations, m uniform, the mean variance is a third of m²; the norm's direction loses its own
+    across = torch.eye(len(covariance)) - torch.outer(unit[0], unit[0])
+    found = torch.cov(blurred.T)
+    expected = across @ covariance @ across * 0.1**2 / 3
+    assert torch.allclose(found, expected, atol=0.15 * float(expected.diagonal().max()))
+    net = Answer(torch.zeros(16, 3, 32, 32))
+    for noise in (spread, None):
+        loss_of(config, clip, noise)(net, drawn(rows))
+    noisy, plain = (asked["z_i"] for asked in net.asked)
+    assert torch.allclose(plain, z_i, atol=1e-6)
+    assert not torch.isclose(noisy, plain, atol=1e-4).all(dim=1).any()
+
+
 class ZeroNetwork(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, **conditions) -> Tensor:
         return torch.zeros_like(x_t)
@@ -103,9 +134,9 @@ def test_a_sketch_is_trained_to_be_the_small_picture(tiny_corpus: Path, clip: Re
     assert torch.isclose(loss - metrics["sketch"], plain, atol=1e-5)
 
 
-def loss_of(config: DecoderConfig, clip: RememberedCLIP):
+def loss_of(config: DecoderConfig, clip: RememberedCLIP, spread: Tensor | None = None):
     scheduler = make_scheduler(config.schedule, config.prediction, config.model["learned_variance"])
-    return decoder_loss(config, clip, Diffusion.from_scheduler(scheduler))
+    return decoder_loss(config, clip, Diffusion.from_scheduler(scheduler), spread)
 
 
 def randomised() -> Decoder:

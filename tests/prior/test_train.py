@@ -22,10 +22,9 @@ from prior.train import (
     make_prior,
     prior_loss,
     run,
-    training_embeddings,
 )
 from unclip.clip.model import CLIP, CLIPArguments
-from unclip.clip.remember import RememberedCLIP
+from unclip.clip.remember import RememberedCLIP, training_embeddings
 from unclip.core.analytic import AnalyticDDPMScheduler
 from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
@@ -167,7 +166,7 @@ def learns_its_variance(config: PriorConfig, prior: DiffusionPrior, clip: CLIP) 
     assert folder == Path(config.train.out) / "scheduler"
     scheduler = AnalyticDDPMScheduler.from_pretrained(folder)
     remembered, dataset = RememberedCLIP(clip), ShardDataset(config.data)
-    z_i, captions = training_embeddings(remembered, dataset, config, 8)
+    z_i, captions = training_embeddings(remembered, dataset, 8, config.data.background, config.train.seed)
     x0, t = prior.standardize(z_i), torch.full((8,), 600)
     z_t, text, mask = clip.encode_text(captions)
     context = prior.encode_context(z_t=z_t, text=text, text_mask=mask)

@@ -76,6 +76,12 @@ def same(a: Image.Image, b: Image.Image) -> bool:
     return a.mode == b.mode and a.tobytes() == b.tobytes()
 
 
+def close(a: Image.Image, b: Image.Image) -> bool:
+    """99.9 % of values within one level of 8 bits: what is promised of a picture in batches of other sizes."""
+    difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+    return bool((difference <= 1).mean() >= 0.999)
+
+
 def test_a_weight_of_one_is_no_weight(pipe: UnCLIP) -> None:
     plain = pipe(CAPTION, 2, size=16, output_type="pt")
     for prompt in (f"{CAPTION}:1.0", f"{CAPTION}:1", f" {CAPTION} :1.00", f"{CAPTION}:2 | {OTHER}:0"):
@@ -139,7 +145,7 @@ def test_the_best_of_one_is_the_one_and_the_best_of_more_is_drawn_by_its_seed(pi
         scores = (pipe.encode_image(every[text].stages[16]) @ z_t[0]).tolist()  # pyright: ignore
         group = range(3 * (i % 2), 3 * (i % 2) + 3)
         assert seed - 3 == max(group, key=scores.__getitem__)
-        assert same(best.images[i], pipe(text, seed=seed, size=64).images[0])
+        assert close(best.images[i], pipe(text, seed=seed, size=64).images[0])
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from unclip.clip.model import CLIP, TextFeatures
+from unclip.core.data import Draws, ShardDataset, collate, draw_pictures_and_captions
 
 
 class RememberedCLIP:
@@ -70,3 +72,29 @@ class RememberedCLIP:
             return False
         self.room = max(1, self.room - size)
         return True
+
+
+def picture_embeddings(clip: RememberedCLIP, batch: dict[str, Any], x0: Tensor, background: float) -> Tensor:
+    """z_i (b, d), float32: as stored with the data where backgrounds are not drawn, else of the pictures x0."""
+    if "z_i" in batch and background == 0:
+        return batch["z_i"].to(x0.device)
+    return clip.encode_image(x0).float()
+
+
+@torch.no_grad()
+def training_embeddings(
+    clip: RememberedCLIP, dataset: ShardDataset, count: int, background: float, seed: int
+) -> tuple[Tensor, list[str]]:
+    """z_i (n, d) of n evenly spaced samples, `count` at most, with the backgrounds of training; and their captions."""
+    if count < 1:
+        raise ValueError(f"embeddings of {count} pictures are asked for: set statistics, or estimate_variance, higher.")
+    count = min(len(dataset), count)
+    rows = [i * len(dataset) // count for i in range(count)]
+    z_i, captions = [], []
+    for first in range(0, count, 128):
+        part = rows[first : first + 128]
+        batch = collate([dataset[i] for i in part])
+        pixels, drawn = draw_pictures_and_captions(batch, Draws(seed, 0, part), background)
+        z_i.append(picture_embeddings(clip, batch, pixels.to(clip.device), background))
+        captions += drawn
+    return torch.cat(z_i), captions
