@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 from unclip.folder import INDEX, WEIGHTS
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PICTURES = {"latents.ipynb": 13, "sample.ipynb": 5}  # that each shows
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -27,8 +28,8 @@ def test_runs(path: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setenv("UNCLIP_MODEL", str(tiny_model))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # this interpreter's kernel, not one of the user's
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 5
+    assert len([output for output in outputs if "image/png" in output.get("data", {})]) == PICTURES[path.name]
     assert not list(tmp_path.iterdir())
