@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.core.layers import KeysValues, TimeConditioning
+from unclip.core.masks import KNOWN_CHANNELS, check_known, join_known
 from unclip.core.transformer import Block
 from unclip.core.unet import Times, UNet, check_picture
 
@@ -23,6 +24,7 @@ class DecoderContext(NamedTuple):
     mask: Tensor | None  # (b, n) bool, true on tokens that count; None where there is no text
     sketch: Tensor | None = None  # (b, in_channels, side, side), the picture that the conditions alone foretell
     times: Times | None = None  # the time projections of all steps of a run
+    known: Tensor | None = None  # (b, 4, h, w), known pixels and their mask; None: nothing is known
 
 
 class Sketch(nn.Module):
@@ -60,6 +62,8 @@ class Decoder(ModelMixin, ConfigMixin):
         sketch_side, sketch_width: where a side is given, an MLP of that hidden width makes a picture of that side from
             what enters the time embedding, trained to be the mean of the pictures that fit the conditions, and the
             U-Net sees it beside x_t. It is no part of the paper: a short training learns outlines by it.
+        inpaint: whether the U-Net also sees known pixels and their mask, in four channels after all others (GLIDE
+            §4.3). Trained from a decoder without them (`start`), it begins as exactly that one.
         text_layers, text_heads: a transformer of the decoder's own over the token states, not causal (GLIDE's).
         sample_size, attention_resolutions: side of a training picture in pixels, and sides of the grids (in positions,
             after folding by `patch_size`) at which attention runs. Pictures of other sizes keep those levels.
@@ -98,19 +102,19 @@ class Decoder(ModelMixin, ConfigMixin):
         norm_context: Literal["all", "text"] = "all",
         sketch_side: int | None = None,
         sketch_width: int = 512,
+        inpaint: bool = False,
     ):
         super().__init__()
         check_choices(norm_context, null_z_i, text_width, z_t_width)
-        grids = [sample_size // patch_size // 2**level for level in range(len(channel_multipliers))]
-        if unknown := [side for side in attention_resolutions if side not in grids]:
-            raise ValueError(f"attention_resolutions name {unknown}; the grids of this decoder are {grids}")
         self.unet = UNet(
-            in_channels=in_channels if sketch_side is None else 2 * in_channels,
+            in_channels=in_channels * (1 if sketch_side is None else 2) + (KNOWN_CHANNELS if inpaint else 0),
             out_channels=out_channels,
             model_channels=model_channels,
             channel_multipliers=channel_multipliers,
             num_res_blocks=num_res_blocks,
-            attention_levels=[grids.index(side) for side in attention_resolutions],
+            attention_levels=attention_levels(
+                attention_resolutions, sample_size // patch_size, len(channel_multipliers)
+            ),
             head_channels=head_channels,
             context_width=context_width,
             dropout=dropout,
@@ -122,19 +126,23 @@ class Decoder(ModelMixin, ConfigMixin):
         )
         time_dim = self.unet.time_dim
         self.z_i_width, self.z_i_scale, self.z_i_tokens, self.text_width = z_i_width, z_i_scale, z_i_tokens, text_width
-        self.z_t_width = z_t_width
+        self.z_t_width, self.channels, self.inpaint = z_t_width, in_channels, inpaint
         self.null_embedding = nn.Parameter(torch.zeros(z_i_width)) if null_z_i == "learned" else None
         self.time_z_i = nn.Linear(z_i_width, time_dim)
         self.context_z_i = nn.Linear(z_i_width, z_i_tokens * context_width)
         self.context_norm = nn.LayerNorm(context_width)
         if text_width is not None:
-            self.context_text = nn.Linear(text_width, context_width)
-            if z_t_width is None:
-                self.time_text = nn.Linear(context_width, time_dim)
-            else:
-                self.time_z_t = nn.Linear(z_t_width, time_dim)
+            self.add_text(text_width, z_t_width, context_width, time_dim)
             self.text_blocks = nn.ModuleList(Block(context_width, text_heads, dropout) for _ in range(text_layers))
         self.sketch = None if sketch_side is None else Sketch(time_dim, sketch_width, in_channels, sketch_side)
+
+    def add_text(self, text_width: int, z_t_width: int | None, context_width: int, time_dim: int) -> None:
+        """Makes the layers by which the caption enters."""
+        self.context_text = nn.Linear(text_width, context_width)
+        if z_t_width is None:
+            self.time_text = nn.Linear(context_width, time_dim)
+        else:
+            self.time_z_t = nn.Linear(z_t_width, time_dim)
 
     def encode_context(
         self,
@@ -144,6 +152,7 @@ class Decoder(ModelMixin, ConfigMixin):
         drop_z_i: Tensor | None = None,
         drop_text: Tensor | None = None,
         z_t: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> DecoderContext:
         """Everything the conditions decide (§2.1): z_i enters the time embedding and four context tokens.
 
@@ -151,9 +160,11 @@ class Decoder(ModelMixin, ConfigMixin):
         true on real tokens (None: all are); drop_z_i, drop_text: (b,) bool, true where a sample goes without (None:
         nowhere). The last real token's state also enters the time embedding (GLIDE), or z_t (b, z_t_width) in its place
         where the decoder was built for that. A sample whose text is dropped is exactly the sample computed without
-        text. Raises ValueError on shapes that do not fit.
+        text. known: (b, 4, h, w) of pictures to inpaint, as `core.masks.known_channels` gives it, where the decoder was
+        built for that. Raises ValueError on shapes that do not fit.
         """
         self.check_conditions(z_i, text, text_mask, drop_z_i, drop_text, z_t)
+        check_known(known, self.inpaint)
         z_i = z_i * self.z_i_scale
         if drop_z_i is not None:
             null = torch.zeros_like(z_i) if self.null_embedding is None else self.null_embedding.to(z_i.dtype)
@@ -163,7 +174,7 @@ class Decoder(ModelMixin, ConfigMixin):
         only_text = self.config["norm_context"] == "text"
         if text is None:
             tokens = tokens if only_text else self.context_norm(tokens)
-            return DecoderContext(self.unet.project_context(tokens), time, None, self.draw_sketch(time))
+            return DecoderContext(self.unet.project_context(tokens), time, None, self.draw_sketch(time), known=known)
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask  # b n
         if drop_text is not None:
             mask = mask & ~drop_text[:, None]
@@ -179,7 +190,7 @@ class Decoder(ModelMixin, ConfigMixin):
             pooled = self.time_text(tokens[torch.arange(len(text), device=text.device), last])  # b time_dim
             time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
         mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
-        return DecoderContext(self.unet.project_context(tokens), time, mask, self.draw_sketch(time))
+        return DecoderContext(self.unet.project_context(tokens), time, mask, self.draw_sketch(time), known=known)
 
     def draw_sketch(self, time: Tensor) -> Tensor | None:
         return None if self.sketch is None else self.sketch(time)
@@ -215,9 +226,11 @@ class Decoder(ModelMixin, ConfigMixin):
             raise ValueError("the decoder takes either a context or conditions (z_i=…, text=…): give one of the two")
         if context is None:
             context = self.encode_context(**conditions)
+        check_picture("x_t", x_t, self.channels, self.unet.multiple)
         if context.sketch is not None:
-            check_picture("x_t", x_t, self.unet.in_channels - context.sketch.shape[1], self.unet.multiple)
             x_t = torch.cat([x_t, F.interpolate(context.sketch, x_t.shape[2:], mode="bilinear").to(x_t.dtype)], dim=1)
+        if self.inpaint:
+            x_t = join_known(x_t, context.known)
         output = self.unet(x_t, t, context.time, context.keys_values, context.mask, context.times)
         return (output, context.sketch) if return_sketch else output
 
@@ -253,6 +266,14 @@ class Decoder(ModelMixin, ConfigMixin):
         for name, (value, shape) in expected.items():
             if value is not None and (value.dtype != torch.bool or tuple(value.shape) != shape):
                 raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; expected bool of shape {shape}")
+
+
+def attention_levels(sides: Sequence[int], finest: int, levels: int) -> list[int]:
+    """The levels of a U-Net whose grids have these sides; finest: the first grid's. Raises ValueError for another."""
+    grids = [finest // 2**level for level in range(levels)]
+    if unknown := [side for side in sides if side not in grids]:
+        raise ValueError(f"attention_resolutions name {unknown}; the grids of this decoder are {grids}")
+    return [grids.index(side) for side in sides]
 
 
 def check_choices(norm_context: str, null_z_i: str, text_width: int | None, z_t_width: int | None) -> None:

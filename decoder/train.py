@@ -15,6 +15,7 @@ from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.masks import known_channels, random_masks
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
 
@@ -93,9 +94,9 @@ def decoder_loss(
 ) -> LossFn:
     """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned, plus a sketch's error.
 
-    spread: `embedding_spread`, where z_i gets noise.
+    spread: `embedding_spread`, where z_i gets noise. A decoder that inpaints is shown what random masks keep of x0.
     """
-    sketches = config.model.get("sketch_side") is not None
+    sketches, inpaints = config.model.get("sketch_side") is not None, config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
@@ -107,6 +108,8 @@ def decoder_loss(
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
         drops = {"drop_z_i": draws.uniform() < config.drop_z_i, "drop_text": draws.uniform() < config.drop_text}
+        if inpaints:
+            conditions["known"] = known_channels(x0, random_masks(draws, *x0.shape[2:]))
         if not sketches:
             output, sketch = model(x_t, t, **conditions, **drops), None
         else:

@@ -33,7 +33,8 @@ class Tiled:
         for top in self.starts(x_t.shape[2]):
             for left in self.starts(x_t.shape[3]):
                 tile = (..., slice(top, top + self.size), slice(left, left + self.size))
-                part = self.net(x_t[tile], t, context._replace(low=context.low[tile])).float()
+                known = None if context.known is None else context.known[tile]
+                part = self.net(x_t[tile], t, context._replace(low=context.low[tile], known=known)).float()
                 if part.shape[2:] == x_t.shape[2:]:
                     return part
                 if not output.ndim:

@@ -7,9 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.masks import known_channels, random_masks
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
 from upsamplers.degradations import bsr, downsample, gaussian_blur
@@ -28,6 +30,7 @@ class UpsamplerConfig:
     crop: int  # side of a training crop in pixels of the target; the paper takes a quarter of the picture's side
     degradation: Degradation
     validation: DataConfig | None = None
+    start: str | None = None  # folder of a trained upsampler to start from; input channels it lacks start at zero
     schedule: Literal["cosine", "linear"] = "cosine"
     prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     weighting: Literal["none", "min_snr"] = "none"
@@ -54,7 +57,12 @@ def degrade(x0: Tensor, factor: int, degradation: Degradation, draws: Draws) -> 
 
 
 def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -> LossFn:
-    """L_simple of the config's parametrisation on a crop, given the crop's degraded low-resolution picture."""
+    """L_simple of the config's parametrisation on a crop, given the crop's degraded low-resolution picture.
+
+    An upsampler that inpaints is also shown what random masks keep of the crop, and always all of the low-resolution
+    picture (GLIDE §4.3).
+    """
+    inpaints = config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
@@ -64,7 +72,8 @@ def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -
         t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
-        output = model(x_t, t, low=low)
+        known = {"known": known_channels(x0, random_masks(draws, *x0.shape[2:]))} if inpaints else {}
+        output = model(x_t, t, low=low, **known)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb)
         return loss.mean(), {}
 
@@ -91,6 +100,7 @@ def run(config: UpsamplerConfig) -> Path:
     dataset, validation = datasets_of(config.data, config.validation)
     torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)
+    start_from(model, config.start)
     factor = model.config["factor"]
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)

@@ -25,7 +25,7 @@ from unclip.core.config import TrainConfig, main, parse
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate, to_pixels
 from unclip.core.diffusion import Diffusion, make_scheduler
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/decoder.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*/decoder*.yaml"))
 MODEL = {
     "sample_size": 32,
     "patch_size": 2,
@@ -139,9 +139,9 @@ def loss_of(config: DecoderConfig, clip: RememberedCLIP, spread: Tensor | None =
     return decoder_loss(config, clip, Diffusion.from_scheduler(scheduler), spread)
 
 
-def randomised() -> Decoder:
+def randomised(**changes) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(**MODEL)
+    decoder = Decoder(**MODEL, **changes)
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.1)
     return decoder
@@ -321,7 +321,7 @@ def test_the_command_says_in_one_line_what_was_wrong(tiny_corpus: Path, tmp_path
         main(DecoderConfig, run, ["--config", str(recipe)])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_fit_their_config_and_network(recipe: Path):
     config = parse(DecoderConfig, ["--config", str(recipe)])
     with torch.device("meta"):

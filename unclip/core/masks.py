@@ -1,4 +1,4 @@
-"""Random masks: `keep` is (b, 1, h, w) bool, true on known pixels."""
+"""Masks, and what a network tuned to inpaint sees by them: `keep` is (b, 1, h, w) bool, true on known pixels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from unclip.core.data import Draws
 
 STROKES = 4
+KNOWN_CHANNELS = 4  # three of colour, one of the mask
 
 
 def random_masks(draws: Draws, height: int, width: int) -> Tensor:
@@ -32,3 +33,33 @@ def _near_segment(x: Tensor, y: Tensor, ends: Tensor, width: Tensor) -> Tensor:
     dx, dy = bx - ax, by - ay
     along = (((x - ax) * dx + (y - ay) * dy) / (dx**2 + dy**2).clamp(min=1e-12)).clamp(0, 1)
     return (x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2 < width**2
+
+
+def known_channels(x0: Tensor, keep: Tensor) -> Tensor:
+    """What a network is shown of x0 (b, 3, h, w) to inpaint it (GLIDE, arXiv 2112.10741, §4.3): (b, 4, h, w).
+
+    The colours where keep (b, 1, h, w) is true and zeros elsewhere; then keep itself, 1 on known pixels.
+    """
+    return torch.cat([torch.where(keep, x0, torch.zeros_like(x0)), keep.to(x0.dtype)], dim=1)
+
+
+def join_known(x: Tensor, known: Tensor | None) -> Tensor:
+    """x (b, c, h, w) with the channels of `known_channels` after its own: (b, c + 4, h, w).
+
+    known (b, 4, h, w); None: nothing is known, which is zeros. They come last, so that the input weights of a trained
+    network go before theirs, after folding by `patch_size` too. Raises ValueError for another shape.
+    """
+    expected = (len(x), KNOWN_CHANNELS, *x.shape[2:])
+    if known is None:
+        known = x.new_zeros(expected)
+    if tuple(known.shape) != expected:
+        raise ValueError(
+            f"known has shape {tuple(known.shape)}; expected {expected}, as core.masks.known_channels gives"
+        )
+    return torch.cat([x, known.to(x.dtype)], dim=1)
+
+
+def check_known(known: Tensor | None, inpaint: bool) -> None:
+    """Raises ValueError where known pixels come to a network without channels for them."""
+    if known is not None and not inpaint:
+        raise ValueError("known came to a network built without inpaint=True; leave it out, or tune one that has it")
