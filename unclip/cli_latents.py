@@ -35,6 +35,12 @@ class XT(StrEnum):
     fixed = "fixed"
 
 
+class Method(StrEnum):
+    auto = "auto"
+    tuned = "tuned"
+    replaced = "replace"  # `replace` is a method of every string
+
+
 class Shown(NamedTuple):
     """A picture that a command made, and what it says under it on a sheet."""
 
@@ -171,16 +177,24 @@ def inpaint(
         str | None, typer.Option(help="Picture: white is drawn anew, black stays. Left out: what is clear is drawn.")
     ] = None,
     margin: Annotated[float, typer.Option(help="Space to draw around the picture, a part of its sides.")] = 0.0,
-    resamples: Annotated[int, typer.Option(help="How often each stretch of steps is walked.")] = 4,
+    resamples: Annotated[
+        int | None, typer.Option(help="How often each stretch of steps is walked. Left out: 1 if tuned, else 4.")
+    ] = None,
+    method: Annotated[
+        Method, typer.Option(help="Show known pixels to tuned networks, ask for a tuned decoder, or replace them only.")
+    ] = Method.auto,
     num_images: NumImages = 1,
 ) -> None:
     """Pictures of a prompt that keep a part of a picture; --margin draws what is around it."""
     pipe = common.load()
     given = given_pictures(common, picture)
     with closing(Bars()) as bars:
-        result = pipe.inpaint(picture, mask, prompt, num_images, margin, resamples, **common.options(bars))
+        result = pipe.inpaint(
+            picture, mask, prompt, num_images, margin, resamples, method.value, **common.options(bars)
+        )
     made = shown(result, [f"seed {seed}" for seed in result.seeds])
-    chunks = {"source": picture, "prompt": prompt, "mask": mask, "margin": margin, "resamples": resamples}
+    way = {"resamples": resamples, "method": method.value}
+    chunks = {"source": picture, "prompt": prompt, "mask": mask, "margin": margin, **way}
     title = f"{name_of(picture)} with “{prompt}”"
     write(common, pipe, f"{name_of(picture)} with {prompt}", title, made, chunks, given)
 

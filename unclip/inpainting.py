@@ -1,15 +1,16 @@
 """Inpainting and outpainting: what a mask keeps comes back as it was, the rest is drawn to go with it.
 
 A mask is white where the picture is to be drawn anew and black where it stays. In the code it is the other way round:
-`keep` is true (1) where a pixel is known. At every step the known pixels' x0 is given (`stages.keeping`), and a stretch
-of noise levels is walked several times, so that both parts come to agree (RePaint, arXiv 2201.09865).
+`keep` is true (1) where a pixel is known. At every step the known pixels' x0 is given (`stages.keeping`). What is drawn
+comes to agree with them because the network sees them, where it was tuned to (GLIDE, arXiv 2112.10741, §4.3), or else
+because a stretch of noise levels is walked several times (RePaint, arXiv 2201.09865).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack, get_args
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from unclip.stages import Known, UnCLIPOutput, finish
 if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
 
+Method = Literal["auto", "tuned", "replace"]
 RESAMPLES = 4
 STRETCH = 5  # steps that are walked again together
 MAX_MARGIN = 1.0
@@ -40,21 +42,24 @@ def inpaint(
     prompt: str,
     n: int = 1,
     margin: float = 0.0,
-    resamples: int = RESAMPLES,
+    resamples: int | None = None,
+    method: Method = "auto",
     **options: Unpack[Options],
 ) -> UnCLIPOutput:
     """n pictures of the prompt that keep what the mask keeps: those pixels are the given picture's at every size.
 
     mask: white is drawn anew, black stays; of the picture's size and any mode. None: what is transparent is drawn, and
     so are margins. margin: as a part of the sides, empty space put around the picture first (outpainting); the frame
-    "pad" makes margins of a picture that is not square. resamples: how often each stretch of noise levels is walked;
-    more fits the parts together better and takes as many times as long. Raises ValueError, TypeError, FileNotFoundError
-    for what does not fit, or where nothing is to be drawn.
+    "pad" makes margins of a picture that is not square.
+
+    method: "auto" shows the known pixels to each network that was tuned to see them; "tuned" asks that the decoder was;
+    "replace" shows them to none. resamples: how often each stretch of noise levels is walked; more fits the parts
+    together better and takes as many times as long. None: once where the decoder sees them, else 4 times. Raises
+    ValueError, TypeError, FileNotFoundError for what does not fit, or where nothing is to be drawn.
     """
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or not 1 <= resamples <= 100:
-        raise ValueError(f"resamples is {resamples!r}; give a whole number from 1 to 100.")
+    resamples = check_way(pipe, method, resamples)
     plan = make_plan(pipe, options, n)
-    known = read_known(image, mask, plan.size, plan.frame, margin)
+    known = read_known(image, mask, plan.size, plan.frame, margin)._replace(shown=method != "replace")
     meant = embed_prompts(pipe, check_prompts(prompt), plan.seeds, plan.settings["prior"], plan.callback)
     settings = plan.settings["decoder"]
     steps = resolve_timesteps(pipe.sampler("decoder", settings), settings.steps)
@@ -64,6 +69,19 @@ def inpaint(
     return finish(
         pipe, x, meant.z_i, plan.seeds, plan.size, plan.settings, plan.output_type, plan.callback, known=known
     )
+
+
+def check_way(pipe: UnCLIP, method: Method, resamples: int | None) -> int:
+    """How often each stretch of noise levels is walked. Raises ValueError for what is not offered."""
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}; give one of {', '.join(get_args(Method))}.")
+    if method == "tuned" and not pipe.decoder.inpaint:
+        raise ValueError("method is 'tuned', but this model's decoder was not tuned to inpaint; give 'auto'.")
+    if resamples is None:
+        return 1 if pipe.decoder.inpaint and method != "replace" else RESAMPLES
+    if isinstance(resamples, bool) or not isinstance(resamples, int) or not 1 <= resamples <= 100:
+        raise ValueError(f"resamples is {resamples!r}; give a whole number from 1 to 100.")
+    return resamples
 
 
 def resampled(steps: Sequence[int], times: int, stretch: int = STRETCH) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from prior.diffusion_prior import DiffusionPrior
 from unclip.arguments import Callback, OutputType, Pictures, as_type, cast, finite, reporter
 from unclip.core.diffusion import Diffusion
+from unclip.core.masks import known_channels
 from unclip.core.sampling import (
     INVERSE,
     Denoise,
@@ -51,15 +52,20 @@ class UnCLIPOutput:
 
 
 class Known(NamedTuple):
-    """What stays of a picture: x0 (1, 3, s, s) in [−1, 1], and keep (1, 1, s, s) bool, true where x0 is known."""
+    """What stays of a picture: x0 (1, 3, s, s) in [−1, 1], and keep (1, 1, s, s) bool, true where x0 is known.
+
+    shown: whether networks that have channels for it see it, beside its being put in place.
+    """
 
     x0: Tensor
     keep: Tensor
+    shown: bool = True
 
     def at(self, side: int) -> Known:
         """The same at a side that this one's is a multiple of; a pixel is known where all it is made of is."""
         factor = self.x0.shape[-1] // side
-        return Known(F.avg_pool2d(self.x0, factor), F.max_pool2d((~self.keep).float(), factor) == 0)
+        keep = F.max_pool2d((~self.keep).float(), factor) == 0
+        return self._replace(x0=F.avg_pool2d(self.x0, factor), keep=keep)
 
 
 def run_stage(
@@ -100,6 +106,9 @@ def run_stage(
         noise = (drawn if x_T is None else x_T[rows].float()).to(device)
         context = encode_rows(net, {k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
         null = null_context(pipe, name, conditions, len(noise), against) if scale != 1 else None
+        if known is not None and known.shown and net.inpaint:
+            seen = known_channels(known.x0, known.keep).to(device, net.dtype).expand(len(noise), -1, -1, -1)
+            context, null = (c if c is None else c._replace(known=seen) for c in (context, null))
         denoise = guided(step, at_steps(net, context, steps), at_steps(net, null, steps), scale, interval)
         if end is not None:
             denoise = ending(denoise, guided(end, context, null, scale, interval), steps[-1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from decoder.decoder import Decoder
 from unclip.core.data import pil_from_pixels
 from unclip.evals.concepts import Gallery
 from unclip.evals.inpainting import choose_mask, measure, seam
@@ -41,7 +42,12 @@ def test_the_measure_runs_on_a_model(tiny_model: Path) -> None:
     captions = ["a red apple", "two yellow stars", "a blue fish, glossy 3D"]
     found = measure(pipe, pictures, captions, [0, 2, 4], gallery, mean_colour)
     ways = ("pasted", "one walk", "4 walks")
-    assert list(found) == ["count", "size", "drawings", *ways]
+    assert list(found) == ["count", "size", "drawings", *ways]  # of a model without tuned networks
     assert [found[way]["known"] for way in ways] == [1.0, 1.0, 1.0]
     assert all(found[way]["seam"] > 0 for way in ways)
     assert measure(pipe, pictures, captions, [0, 2, 4], gallery, mean_colour) == found
+
+    pipe.register_modules(decoder=Decoder(**{**pipe.decoder.config, "inpaint": True}).eval())
+    found = measure(pipe, pictures[:1], captions[:1], [0], gallery, mean_colour)
+    assert list(found) == ["count", "size", "drawings", *ways, "tuned"]
+    assert found["tuned"]["known"] == 1.0

@@ -47,6 +47,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ("img2img", ["photo.png", "a red apple", "--strength", 0.7], "photo-as-a-red-apple", 1),
         ("inpaint", ["photo.png", "a red apple", "--mask", "mask.png"], "photo-with-a-red-apple", 1),
         ("inpaint", ["photo.png", "a red apple", "--margin", 0.5, "--resamples", 1], "photo-with-a-red-apple", 1),
+        ("inpaint", ["photo.png", "a red apple", "--margin", 0.5, "--method", "replace"], "photo-with-a-red-apple", 1),
         ("study", ["a red apple", "--num-images", 2], "a-red-apple-study", 6),
     ],
 )
@@ -149,6 +150,7 @@ def test_a_basis_is_fitted_and_pictures_are_made_of_its_first_components(
         (["img2img", "two stars", "photo.png"], "two stars"),
         (["inpaint", "photo.png", "two stars", "--mask", "black.png"], "nothing is to be drawn"),
         (["inpaint", "photo.png", "two stars", "--mask", "letter.png"], "not a readable picture"),
+        (["inpaint", "photo.png", "two stars", "--margin", "0.5", "--method", "tuned"], "was not tuned to inpaint"),
         (["study", "two stars", "--preset", "best"], "preset 'best' is unknown"),
     ],
 )

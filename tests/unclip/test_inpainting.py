@@ -1,5 +1,6 @@
 """Inpainting: known pixels come back to the last bit, a mask that keeps nothing changes nothing, white is drawn."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from unclip.core.checkpoint import INPUT
 from unclip.core.data import pixels_from_pil
 from unclip.core.diffusion import PREDICTION_TYPES, Diffusion, make_scheduler
+from unclip.core.masks import known_channels
 from unclip.core.sampling import SOLVERS, make_sampler, picture_generators, resolve_timesteps, sample, starting_noise
-from unclip.inpainting import filled, read_known, resampled
+from unclip.inpainting import Method, filled, read_known, resampled
 from unclip.pipeline import UnCLIP
 from unclip.stages import Known, keeping
 
@@ -24,6 +27,22 @@ CAPTION = "a red apple"
 def pipe(tiny_model: Path) -> UnCLIP:
     """One picture a batch: then a picture's bits do not depend on how many others are drawn with it."""
     pipe = UnCLIP.from_pretrained(tiny_model)
+    pipe.batch_size = dict.fromkeys(pipe.batch_size, 1)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model: Path) -> UnCLIP:
+    """The same model with a decoder and a first upsampler that see known pixels, by random weights."""
+    pipe, torch_seed = UnCLIP.from_pretrained(tiny_model), torch.Generator().manual_seed(7)
+    for name in ("decoder", "upsampler_256"):
+        trained = getattr(pipe, name)
+        net = type(trained)(**{**trained.config, "inpaint": True}).eval()
+        weights = trained.state_dict()
+        lacking = net.unet.input.weight.shape[1] - weights[INPUT].shape[1]
+        new = torch.randn(len(weights[INPUT]), lacking, 3, 3, generator=torch_seed)
+        net.load_state_dict({**weights, INPUT: torch.cat([weights[INPUT], new], dim=1)})
+        pipe.register_modules(**{name: net.to(memory_format=torch.channels_last)})
     pipe.batch_size = dict.fromkeys(pipe.batch_size, 1)
     return pipe
 
@@ -116,7 +135,7 @@ def test_a_pixel_is_known_where_all_it_is_made_of_is() -> None:
     assert small.keep[0, 0].tolist() == [[True, True], [False, True]]
     assert small.x0[0, 0, 0, 0] == pytest.approx((0 + 1 + 2 + 3) / 4 + 12)
     known = Known(small.x0, small.keep)
-    assert all(torch.equal(a, b) for a, b in zip(known.at(2), known, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(known.at(2)[:2], known[:2], strict=True))
 
 
 def test_white_is_drawn_and_black_is_kept() -> None:
@@ -214,6 +233,61 @@ def test_what_is_known_decides_what_is_drawn_beside_it(pipe: UnCLIP) -> None:
     assert dark.tobytes() != light.tobytes()
 
 
+# --- networks tuned to see what is known
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+@pytest.mark.parametrize("method", ["auto", "tuned", "replace"])
+def test_known_pixels_come_back_from_tuned_networks_too(tuned: UnCLIP, size: int, method: Method) -> None:
+    image, mask = noise_picture(size), mask_of(size, size, (0, 0, size // 2 - 1, size - 1))
+    drawn = tuned.inpaint(image, mask, CAPTION, method=method, resamples=1, size=size, seed=1).images[0]
+    right = (size // 2, 0, size, size)
+    assert drawn.crop(right).tobytes() == image.crop(right).tobytes()  # pyright: ignore
+
+
+def test_tuned_networks_are_shown_what_is_known_at_their_own_size(tuned: UnCLIP) -> None:
+    """Both halves of guidance are, at every step; none is by the method that replaces."""
+    image, mask = noise_picture(64), mask_of(64, 64, (0, 0, 31, 63))
+    known, seen = read_known(image, mask, 64), []
+    with ExitStack() as stack:
+        for net in (tuned.decoder, tuned.upsampler_256):
+            assert net is not None
+            handle = net.register_forward_pre_hook(lambda _, given: seen.append((given[0].shape, given[2].known)))
+            stack.callback(handle.remove)
+        tuned.inpaint(image, mask, CAPTION, size=64)
+        for (rows, _, side, _), given in seen:
+            here = known.at(side)
+            assert torch.equal(given, known_channels(here.x0, here.keep).expand(rows, -1, -1, -1))
+        assert {shape for shape, _ in seen} == {(2, 3, 16, 16), (1, 3, 64, 64)}
+        walked, shown = len(seen), seen.copy()
+        seen.clear()
+        tuned.inpaint(image, mask, CAPTION, method="replace", resamples=1, size=64)
+        assert [shape for shape, _ in seen] == [shape for shape, _ in shown]
+        assert all(given is None for _, given in seen)
+        seen.clear()
+        tuned.inpaint(image, mask, CAPTION, method="replace", size=64)
+        assert len(seen) > walked  # it walks stretches again, unless told otherwise
+
+
+def test_replacing_is_what_an_untuned_model_does(tuned: UnCLIP, pipe: UnCLIP) -> None:
+    image, mask = noise_picture(64), mask_of(64, 64, (0, 0, 31, 63))
+    replaced = tuned.inpaint(image, mask, CAPTION, method="replace", size=64, output_type="pt").images
+    assert torch.equal(replaced, pipe.inpaint(image, mask, CAPTION, size=64, output_type="pt").images)  # pyright: ignore
+    seen = tuned.inpaint(image, mask, CAPTION, size=64, output_type="pt").images
+    assert not torch.equal(seen, replaced)  # pyright: ignore
+    assert torch.equal(
+        seen,  # pyright: ignore
+        tuned.inpaint(image, mask, CAPTION, resamples=1, method="tuned", size=64, output_type="pt").images,  # pyright: ignore
+    )
+
+
+def test_tuned_networks_that_are_shown_nothing_draw_the_prompt(tuned: UnCLIP) -> None:
+    white, common = Image.new("L", (64, 64), "white"), {"seed": 3, "size": 64, "output_type": "pt"}
+    drawn = tuned(CAPTION, 2, **common).images
+    made = tuned.inpaint(noise_picture(64), white, CAPTION, 2, **common).images
+    assert torch.equal(made, drawn)  # pyright: ignore
+
+
 def test_progress_ends_where_it_says(pipe: UnCLIP) -> None:
     seen = []
     pipe.inpaint(
@@ -235,6 +309,9 @@ def test_progress_ends_where_it_says(pipe: UnCLIP) -> None:
         (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=2), "margin is 2"),
         (lambda p: p.inpaint(noise_picture(16), None, "", margin=0.5), "prompt is empty"),
         (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=0.5, resamples=0), "resamples is 0"),
+        (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=0.5, resamples=1.5), "resamples is 1.5"),
+        (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=0.5, method="best"), "method is 'best'"),
+        (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=0.5, method="tuned"), "was not tuned to inpaint"),
     ],
 )
 def test_bad_arguments_are_one_sentence_before_any_work(pipe: UnCLIP, call, says: str) -> None:

@@ -1,7 +1,9 @@
 """Does an inpainted picture keep what is known, show no seam, and become what the prompt says?
 
-A part of a held-out drawing is drawn anew from its own caption, in several walks, in one, and, as a control, from the
-caption alone with the known part pasted over it. The judge of concepts takes no part in training (`features.py`).
+A part of a held-out drawing is drawn anew from its own caption: with known pixels put back at each noise level, in
+several walks and in one; with these shown to the networks as well, where the model has networks tuned to see them; and,
+as a control, from the caption alone, with the known part pasted over it. The judge of concepts takes no part in
+training (`features.py`).
 """
 
 from __future__ import annotations
@@ -72,12 +74,17 @@ def measure(
     known = [read_known(picture, mask, size) for picture, mask in zip(pictures, masks, strict=True)]
     x0, keep = torch.cat([k.x0 for k in known]), torch.cat([k.keep for k in known])
     common = {"size": size, "output_type": "pt", **options}
-    drawn: dict[str, list[Tensor]] = {"pasted": [], "one walk": [], f"{RESAMPLES} walks": []}
+    ways: dict[str, dict[str, Any]] = {
+        "one walk": {"method": "replace", "resamples": 1},
+        f"{RESAMPLES} walks": {"method": "replace", "resamples": RESAMPLES},
+        **({"tuned": {"method": "tuned"}} if pipe.decoder.inpaint else {}),
+    }
+    drawn: dict[str, list[Tensor]] = {name: [] for name in ("pasted", *ways)}
     for i, (picture, mask, caption) in enumerate(zip(pictures, masks, captions, strict=True)):
         whole = cast(Tensor, pipe(caption, seed=seed + i, **common).images)
         drawn["pasted"].append(torch.where(keep[i], x0[i], whole))
-        for name, walks in (("one walk", 1), (f"{RESAMPLES} walks", RESAMPLES)):
-            result = pipe.inpaint(picture, mask, caption, 1, resamples=walks, seed=seed + i, **common)
+        for name, way in ways.items():
+            result = pipe.inpaint(picture, mask, caption, 1, seed=seed + i, **way, **common)
             drawn[name].append(cast(Tensor, result.images))
     figures: dict[str, Any] = {"count": len(pictures), "size": size, "drawings": {"seam": round(seam(x0, keep), 4)}}
     for name, rows in drawn.items():
