@@ -43,13 +43,15 @@ def test_prompts_in_turn_leave_nothing_behind(fresh: UnCLIP) -> None:
 def test_what_is_kept_goes_with_the_dtype(fresh: UnCLIP, tiny_model: Path) -> None:
     before = draw(fresh, PROMPTS[0])
     fresh.to(torch.bfloat16)
-    draw(fresh, PROMPTS[0])
+    coarse = draw(fresh, PROMPTS[0])
     other = UnCLIP.from_pretrained(tiny_model)
     for name, component in fresh.components.items():
         if isinstance(component, torch.nn.Module):
             component.float()
             component.load_state_dict(other.components[name].state_dict())
-    assert torch.allclose(draw(fresh, PROMPTS[0]), before, atol=1e-4)  # bf16 is some 1e-2 away
+    # means, as the 8 bits between stages may round a value the other way, which then is a level off
+    assert float((draw(fresh, PROMPTS[0]) - before).abs().mean()) < 1e-4
+    assert float((coarse - before).abs().mean()) > 1e-3
 
 
 @torch.no_grad()
