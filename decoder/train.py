@@ -40,6 +40,7 @@ class DecoderConfig:
     drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
     drop_text: float = 0.5
     z_i_noise: float = 0.0  # noise added to z_i, up to so many of the training embeddings' own deviations
+    swap_captions: float = 0.0  # of the samples, with a caption of any drawing of their concept
     remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
 
 
@@ -56,6 +57,8 @@ def encode(
 def embedding_spread(clip: RememberedCLIP, dataset: ShardDataset, config: DecoderConfig) -> Tensor:
     """A matrix L (d, d) of which noise @ L.T varies as the z_i of the training pictures do."""
     z_i, _ = training_embeddings(clip, dataset, 10_000, config.data.background, config.train.seed)
+    if len(z_i) < 2:
+        raise ValueError("z_i_noise takes its spread from the training pictures, and there is one: leave it out.")
     covariance = torch.cov(z_i.double().T)
     floor = 1e-6 * covariance.diagonal().mean() * torch.eye(len(covariance), device=z_i.device)  # fewer rows than d
     return torch.linalg.cholesky(covariance + floor).float()
@@ -69,6 +72,29 @@ def blur_z_i(z_i: Tensor, spread: Tensor, draws: Draws, most: float) -> Tensor:
     """
     noise = draws.normal(z_i.shape[1]) @ spread.T * (most * draws.uniform()[:, None])
     return F.normalize(z_i + noise, dim=-1) * z_i.norm(dim=-1, keepdim=True)
+
+
+def captions_by_concept(dataset: ShardDataset) -> dict[str, list[list[str]]]:
+    """The captions of each concept's drawings, a list for each drawing."""
+    found: dict[str, list[list[str]]] = {}
+    for meta in dataset.meta:
+        if meta.get("concept"):
+            found.setdefault(meta["concept"], []).append(meta["captions"])
+    return found
+
+
+def swap_captions(batch: Batch, captions: dict[str, list[list[str]]], draws: Draws, share: float) -> Batch:
+    """The batch, a share of its samples with the captions of a drawing of their concept, drawn evenly.
+
+    What those drawings do not share, their style, is then z_i's alone to say. A decoder that reads it in captions
+    learns each pair of concept and style by heart, and fails on a caption that pairs them anew.
+    """
+    coin, place = draws.uniform().tolist(), draws.uniform().tolist()
+    swapped = []
+    for concept, own, c, u in zip(batch["concept"], batch["captions"], coin, place, strict=True):
+        known = captions.get(concept, [own])
+        swapped.append(known[int(u * len(known))] if c < share else own)
+    return {**batch, "captions": swapped}
 
 
 def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, noisy_from: int) -> Tensor:
@@ -90,16 +116,23 @@ def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, n
 
 
 def decoder_loss(
-    config: DecoderConfig, clip: RememberedCLIP, diffusion: Diffusion, spread: Tensor | None = None
+    config: DecoderConfig,
+    clip: RememberedCLIP,
+    diffusion: Diffusion,
+    spread: Tensor | None = None,
+    captions_of: dict[str, list[list[str]]] | None = None,
 ) -> LossFn:
     """L_simple of the config's parametrisation, plus λ·L_vlb where the variance is learned, plus a sketch's error.
 
-    spread: `embedding_spread`, where z_i gets noise. A decoder that inpaints is shown what random masks keep of x0.
+    spread: `embedding_spread`, where z_i gets noise; captions_of: `captions_by_concept`, where they are swapped. A
+    decoder that inpaints is shown what random masks keep of x0.
     """
     sketches, inpaints = config.model.get("sketch_side") is not None, config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
+        if captions_of is not None:
+            batch = swap_captions(batch, captions_of, draws, config.swap_captions)
         x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         conditions = encode(clip, batch, x0, captions, config.data.background)
         if spread is not None:
@@ -140,8 +173,18 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
     return sample_fn
 
 
+def check_shares(config: DecoderConfig) -> None:
+    """Raises ValueError unless what is dropped, swapped and blurred can be."""
+    for name in ("drop_z_i", "drop_text", "swap_captions"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected a part of the samples, 0 to 1.")
+    if config.z_i_noise < 0:
+        raise ValueError(f"z_i_noise is {config.z_i_noise}; expected deviations of the embeddings, 0 or more.")
+
+
 def run(config: DecoderConfig) -> Path:
     """Trains a decoder; returns the folder of the exported network."""
+    check_shares(config)
     dataset, validation = datasets_of(config.data, config.validation)
     device: Any = processes().device
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
@@ -151,7 +194,8 @@ def run(config: DecoderConfig) -> Path:
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)
     spread = embedding_spread(clip, dataset, config) if config.z_i_noise else None
-    loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device), spread)
+    captions_of = captions_by_concept(dataset) if config.swap_captions else None
+    loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device), spread, captions_of)
     return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
 
 

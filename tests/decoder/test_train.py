@@ -13,11 +13,13 @@ from decoder.decoder import Decoder
 from decoder.train import (
     DecoderConfig,
     blur_z_i,
+    captions_by_concept,
     decoder_loss,
     decoder_samples,
     draw_timesteps,
     embedding_spread,
     run,
+    swap_captions,
 )
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
@@ -104,6 +106,30 @@ def test_noise_on_z_i_varies_as_the_embeddings_do(tiny_corpus: Path, clip: Remem
     noisy, plain = (asked["z_i"] for asked in net.asked)
     assert torch.allclose(plain, z_i, atol=1e-6)
     assert not torch.isclose(noisy, plain, atol=1e-4).all(dim=1).any()
+
+
+def test_swapped_captions_are_of_the_concept_and_evenly_drawn(tiny_corpus: Path, rows):
+    captions = captions_by_concept(ShardDataset(DataConfig(str(tiny_corpus))))
+    own = rows["captions"]
+    assert swap_captions(rows, captions, Draws(0, 0, range(len(own))), 0.0)["captions"] == own
+    concept = max(captions, key=lambda name: len(captions[name]))
+    drawings = [["red", "crimson"], ["blue"], ["green"]]
+    batch = {"concept": [concept] * 3000 + ["never seen"], "captions": [["own"]] * 3001}
+    swapped = swap_captions(batch, {concept: drawings}, Draws(0, 0, range(3001)), 0.6)["captions"]
+    assert swapped[-1] == ["own"]
+    shares = [swapped.count(found) / 3000 for found in [["own"], *drawings]]
+    assert torch.tensor(shares).sub(torch.tensor([0.4, 0.2, 0.2, 0.2])).abs().max() < 0.035  # four standard errors
+    assert batch["captions"] == [["own"]] * 3001
+
+
+def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP, rows):
+    config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, swap_captions=1.0)
+    scheduler = make_scheduler(config.schedule, config.prediction, False)
+    net = Answer(torch.zeros(16, 3, 32, 32))
+    told = {concept: [["another"]] for concept in rows["concept"]}
+    decoder_loss(config, clip, Diffusion.from_scheduler(scheduler), None, told)(net, drawn(rows))
+    expected = clip.encode_text(["another"]).states.float()
+    assert torch.allclose(net.asked[0]["text"], expected.expand(16, -1, -1), atol=1e-5)
 
 
 class ZeroNetwork(nn.Module):
@@ -277,6 +303,8 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(tiny_corpus: Path, tiny_cli
         ({"model": {"text_width": 20}}, r"text has shape .*20"),
         ({"model": {"colours": 3}}, "colours"),
         ({"model": {"attention_resolutions": (7,)}}, r"attention_resolutions name \[7\]"),
+        ({"swap_captions": 1.5}, r"swap_captions is 1.5; expected a part of the samples"),
+        ({"z_i_noise": -1.0}, r"z_i_noise is -1.0; expected deviations"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path, changes, sentence: str):

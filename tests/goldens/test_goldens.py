@@ -4,6 +4,7 @@ A change that is meant to change them stores new ones: `python -m pytest tests/g
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from decoder.decoder import Decoder
-from decoder.train import DecoderConfig, decoder_loss
+from decoder.train import DecoderConfig, captions_by_concept, decoder_loss, embedding_spread
 from prior.train import (
     PriorConfig,
     autoregressive_loss,
@@ -67,9 +68,30 @@ def make_decoder(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     return Decoder(**config.model), decoder_loss(config, RememberedCLIP(clip), diffusion)
 
 
+def make_decoder_sketch(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
+    """As the embedded model's: x0, a sketch, noisy steps, blurred z_i, swapped captions, backgrounds."""
+    context = {"z_i_width": 12, "z_i_scale": 3.0, "z_i_tokens": 2, "text_width": 16, "context_width": 16}
+    attention = {"sample_size": 32, "patch_size": 2, "attention_resolutions": (8,), "head_channels": 8}
+    model = {**NETWORK, **context, **attention, "learned_variance": False, "sketch_side": 8, "sketch_width": 16}
+    data = replace(data, background=0.5)
+    more = {"noisy_share": 0.6, "z_i_noise": 0.7, "swap_captions": 0.5}
+    config = DecoderConfig(model, settings, data, "unused", prediction="sample", **more)
+    diffusion = Diffusion.from_scheduler(make_scheduler("cosine", "sample"))
+    remembered, dataset = RememberedCLIP(clip), ShardDataset(data)
+    spread = embedding_spread(remembered, dataset, config)
+    return Decoder(**model), decoder_loss(config, remembered, diffusion, spread, captions_by_concept(dataset))
+
+
 def make_upsampler(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     config = UpsamplerConfig(NETWORK, settings, data, crop=16, degradation="blur", weighting="min_snr")
     diffusion = Diffusion.from_scheduler(make_scheduler("linear", "v_prediction"))
+    return Upsampler(**config.model), upsampler_loss(config, 4, diffusion)
+
+
+def make_upsampler_bsr(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
+    """As the embedded model's last."""
+    config = UpsamplerConfig(NETWORK, settings, data, crop=16, degradation="bsr-light", prediction="sample")
+    diffusion = Diffusion.from_scheduler(make_scheduler("linear", "sample"))
     return Upsampler(**config.model), upsampler_loss(config, 4, diffusion)
 
 
@@ -78,7 +100,9 @@ STAGES = {
     "prior": make_prior_of,
     "prior_ar": make_prior_ar,
     "decoder": make_decoder,
+    "decoder_sketch": make_decoder_sketch,
     "upsampler": make_upsampler,
+    "upsampler_bsr": make_upsampler_bsr,
 }
 
 
@@ -116,7 +140,7 @@ def test_losses_are_the_stored_ones(stage: str, tiny_corpus: Path, tiny_clip: Pa
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradient_checkpointing_changes_no_weight(stage: str, tiny_corpus: Path, tiny_clip: Path, tmp_path: Path):
     """Three steps of AdamW end at the same bits only where every gradient has the same."""
-    if stage not in ("decoder", "upsampler"):
+    if not stage.startswith(("decoder", "upsampler")):
         with pytest.raises(ValueError, match="has no gradient checkpointing"):
             train_stage(stage, tmp_path, tiny_corpus, tiny_clip, gradient_checkpointing=True)
         return
