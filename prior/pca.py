@@ -1,5 +1,5 @@
 """Principal components of CLIP's image embeddings: the coordinates of the autoregressive prior (paper §2.2) and of the
-reconstructions from few components (§3)."""
+reconstructions from few components (§4)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class PCA(ModelMixin, ConfigMixin):
         return coordinates.to(self.mean.dtype) @ self.components[:j] + self.mean
 
     def project(self, z_i: Tensor, k: int) -> Tensor:
-        """z_i (…, d) with its first k coordinates alone (§3, figure 7), 0 … all. The norm is not made 1."""
+        """z_i (…, d) with its first k coordinates alone (§4, figure 7), 0 … all. The norm is not made 1."""
         self._check_count(k)
         return self.decode(self.encode(z_i)[..., :k])
 

@@ -150,7 +150,9 @@ def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any, prior_ar: A
 def finite(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """x itself. Raises ValueError where it holds NaN or infinity."""
     if not bool(x.isfinite().all()):
-        raise ValueError(f"{name} gave NaN or infinity in {dtype}; run it in fp32, or check its weights.")
+        called = {value: key for key, value in DTYPES.items()}.get(dtype, str(dtype))
+        advice = "" if dtype == torch.float32 else "run it in fp32 (on the command line --dtype fp32), or "
+        raise ValueError(f"{name} gave NaN or infinity in {called}; {advice}check its weights.")
     return x
 
 

@@ -28,7 +28,7 @@ CLASS_NAMES = {
 def assemble(
     out: str | Path,
     clip: str | Path,
-    prior: str | Path,
+    prior: str | Path | None,
     decoder: str | Path,
     upsampler_256: str | Path | None = None,
     upsampler_1024: str | Path | None = None,
@@ -42,11 +42,13 @@ def assemble(
 ) -> Path:
     """Writes the model folder `out`, whole or not at all, and returns it.
 
-    Each stage is a training's output: `model/` and, but for CLIP and prior_ar, `scheduler/`. dtype: of the weights on
-    disk; card: a Markdown file that becomes README.md; presets: a JSON file {preset: {stage: settings}} over the
-    defaults; files: further text files to go along (concepts.txt: what it was trained on). Raises FileNotFoundError
-    for what is missing, ValueError for stages that do not fit each other.
+    Each stage is a training's output: `model/` and, but for CLIP and prior_ar, `scheduler/`. One of the two priors may
+    be None. dtype: of the weights on disk; card: a Markdown file that becomes README.md; presets: a JSON file {preset:
+    {stage: settings}} over the defaults; files: further text files to go along (concepts.txt: what it was trained on).
+    Raises FileNotFoundError for what is missing, ValueError for stages that do not fit each other.
     """
+    if prior is None and prior_ar is None:
+        raise ValueError("neither prior nor prior_ar came; give the output folder of one of them, or of both.")
     stored = choose_dtype(dtype, torch.device("cpu"))
     extra = {} if card is None else {"README.md": _read(card)}
     extra |= {Path(file).name: _read(file) for file in files}
@@ -59,7 +61,7 @@ def assemble(
         "upsampler_256": upsampler_256,
         "upsampler_1024": upsampler_1024,
     }
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"prior": None, "prior_scheduler": None}
     for name, folder in stages.items():
         if folder is not None:
             parts |= load_stage(name, Path(folder))
@@ -87,7 +89,7 @@ def load_stage(name: str, folder: Path) -> dict[str, Any]:
 def fit_basis(
     model: str | Path, corpus: str | Path, split: str = "train", limit: int | None = None, device: str | None = None
 ) -> Path:
-    """Fits the principal components of a corpus's pictures, on white, as a model's CLIP sees them (§3, figure 7).
+    """Fits the principal components of a corpus's pictures, on white, as a model's CLIP sees them (§4, figure 7).
 
     They become the component `pca` of the model's folder, which is returned; `limit`: the first so many pictures.
     Raises FileNotFoundError or ValueError.

@@ -118,9 +118,8 @@ def sample(
     from unclip.pictures import check_folder, draw
 
     check_folder(out, "--out")
-    from unclip.arguments import check_prompts, check_seeds
+    from unclip.arguments import check_seeds
 
-    check_prompts(texts)
     check_seeds(seed, num_images)
     from unclip.pipeline import UnCLIP
 
@@ -139,7 +138,10 @@ def sample(
 
 
 def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
-    """Prompts given, then those of a file, one a line, empty lines left out."""
+    """Prompts given, then those of a file, one a line, empty lines left out.
+
+    Raises ValueError for none or an empty one; `check_prompts` would too, but loads torch.
+    """
     if from_file is not None:
         if not from_file.is_file():
             raise FileNotFoundError(f"--from-file {from_file} is no file; give a text file with a prompt on each line.")
@@ -150,16 +152,18 @@ def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
         prompts = [*prompts, *(line.strip() for line in lines if line.strip())]
     if not prompts:
         raise ValueError("no prompt came; say what to draw, or name a file of prompts by --from-file.")
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty; say what to draw.")
     return prompts
 
 
 @app.command()
 def assemble(
     clip: Annotated[Path, typer.Option(help="Output folder of CLIP's training.")],
-    prior: Annotated[Path, typer.Option(help="Output folder of the prior's training.")],
     decoder: Annotated[Path, typer.Option(help="Output folder of the decoder's training.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
-    prior_ar: Annotated[Path | None, typer.Option(help="Output folder of the autoregressive prior's training.")] = None,
+    prior: Annotated[Path | None, typer.Option(help="Output folder of the diffusion prior's training.")] = None,
+    prior_ar: Annotated[Path | None, typer.Option(help="Of the autoregressive prior's, beside it or instead.")] = None,
     upsampler_256: Annotated[Path | None, typer.Option("--upsampler-256")] = None,
     upsampler_1024: Annotated[Path | None, typer.Option("--upsampler-1024")] = None,
     dtype: Annotated[DType, typer.Option(help="Of the stored weights.")] = DType.fp16,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from unclip import __version__
 from unclip.options import Bars, Common, numbers, whole_numbers
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 FRAME_MS = 120
 SHEET_SIDE = 256
+MIN_CELL = 128  # narrower, labels do not fit
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="Path of a picture, or a caption.")]
 NumImages = Annotated[int, typer.Option(help="How many, with seeds SEED, SEED + 1, …")]
@@ -104,7 +104,7 @@ def vary(
             texts = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, likely[1:], strict=True)]
             for text in [f"{given[0].label}", *texts]:
                 typer.echo(text, err=True)
-    title = f"variations of {name_of(source)}, η = {eta:g}"
+    title = f"variations of {name_of(source)}, eta = {eta:g}"
     made = shown(result, texts)
     write(common, pipe, f"{name_of(source)} varied", title, made, {"source": source, "eta": eta}, given)
 
@@ -143,7 +143,7 @@ def edit(
     given = given_pictures(common, source)
     with closing(Bars()) as bars:
         result = pipe.edit(source, caption, from_caption, values, keep_alpha, **common.options(bars))
-    made = shown(result, [f"θ = {value:g}" for value in values])
+    made = shown(result, [f"strength {value:g}" for value in values])
     start = f" from “{from_caption}”" if from_caption else ""
     chunks = {"source": source, "prompt": caption, "from": from_caption or "", "strengths": strengths}
     title = f"{name_of(source)}{start} to “{caption}”"
@@ -274,12 +274,10 @@ def write(
     columns: int = 8,
 ) -> None:
     """Writes the pictures, then the animation and the sheet where asked, and prints their paths."""
-    from unclip.pictures import picture_path, slug, write_gif, write_png
+    from unclip.pictures import made_by, picture_path, slug, write_gif, write_png
 
-    fixed = {"model": pipe.model_name, "software": f"unclip {__version__}"}
-    fixed |= {"operation": json.dumps(operation), "settings": json.dumps(common.named())}
+    fixed = {**made_by(pipe), "operation": json.dumps(operation), "settings": json.dumps(common.named())}
     taken: set[Path] = set()
-    common.out.mkdir(parents=True, exist_ok=True)
 
     def path_for(ending: str, chunks: dict[str, str]) -> Path:
         path = picture_path(common.out, f"{slug(name)}{ending}", common.seed, chunks, taken)
@@ -300,7 +298,7 @@ def write(
         from unclip.evals.sheets import contact_sheet
 
         cells = [*given[:1], *made, *given[1:]]
-        side = min(SHEET_SIDE, made[0].image.width)
+        side = min(SHEET_SIDE, max(MIN_CELL, made[0].image.width))
         page = contact_sheet([[cell.image] for cell in cells], [cell.label for cell in cells], columns, side, title)
         path = path_for("-sheet", fixed)
         write_png(page, path, fixed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import sys
@@ -21,7 +22,8 @@ from prior.pca import PCA
 from unclip.clip.model import CLIP
 from unclip.core.analytic import AnalyticDDPMScheduler
 from unclip.core.checkpoint import export
-from unclip.core.files import whole_file
+from unclip.core.files import loading, one_line, whole_file
+from unclip.presets import write_presets
 from upsamplers.upsampler import Upsampler
 
 INDEX = "model_index.json"
@@ -206,17 +208,13 @@ def load_component(name: str, class_name: str, root: Path, dtype: torch.dtype, f
     if not (folder / config).is_file():
         raise FileNotFoundError(f"{folder} holds no {config}; fetch or assemble the model again.")
     stored = set() if name.endswith("_scheduler") else check_weights(folder)
-    try:
-        if name == "clip":
-            component = CLIP.from_pretrained(folder, dtype=dtype).to(dtype)  # its buffers too
-        elif name.endswith("_scheduler"):
-            return cls.from_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
-        else:
+    if name == "clip":
+        component = CLIP.from_pretrained(folder, dtype=dtype).to(dtype)  # its buffers too
+    else:
+        with loading(folder, class_name):
+            if name.endswith("_scheduler"):
+                return cls.from_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
             component = cls.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=True)  # pyright: ignore[reportAttributeAccessIssue]
-    except Exception as error:
-        raise ValueError(
-            f"{folder} does not load as {class_name} ({one_line(error)}); fetch or make it again."
-        ) from error
     wanted = set((component.model if name == "clip" else component).state_dict())
     odd = sorted(wanted - stored) or (sorted(stored - wanted) if name != "clip" else [])
     if odd:
@@ -256,6 +254,16 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     return tuple((p.data_ptr(), p._version, p.dtype, str(p.device)) for p in module.parameters())
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
-    return text if len(text) <= 240 else text[:239] + "…"
+def model_digest(pipe: Any) -> str:
+    """Twelve hex digits of what a pipeline holds: its presets, and each part's config and some values of each tensor.
+
+    The same wherever the model lies; another one for another training. It costs no pass over the weights.
+    """
+    digest = hashlib.sha256(json.dumps([write_presets(pipe.presets), pipe.unit_norm]).encode())
+    for name, part in sorted(pipe.components.items()):
+        config = {key: value for key, value in getattr(part, "config", {}).items() if not key.startswith("_")}
+        digest.update(json.dumps([name, config], sort_keys=True, default=str).encode())
+        for key, tensor in part.state_dict().items() if isinstance(part, nn.Module) else ():
+            some = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
+            digest.update(f"{key} {tuple(tensor.shape)} {some.tolist()}".encode())
+    return digest.hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""What one can do with a picture's (z_i, x_T) (§3): take it apart, vary, interpolate, edit, compare.
+"""What one can do with a picture's (z_i, x_T) (§3, §4): take it apart, vary, interpolate, edit, compare.
 
 Functions over a pipeline, which has them as methods: `pipe.vary(picture, n=4)`. What an operation may start from, and
 the options that all of them take, are in `unclip.sources`. What was inverted is decoded by DDIM over the same steps,
@@ -221,7 +221,7 @@ def reconstruct(
     keep_alpha: bool = False,
     **options: Unpack[Options],
 ) -> UnCLIPOutput:
-    """Pictures of z_i's first principal components alone (§3, Fig. 7), all from the noise of one seed.
+    """Pictures of z_i's first principal components alone (§4, Fig. 7), all from the noise of one seed.
 
     components: how many, for each result; the paper's counts as far as the model's basis goes, and all, if left out. A
     projected z_i is brought back to its norm. Raises ValueError where the model has no basis, or not so many.
@@ -240,7 +240,7 @@ def reconstruct(
 
 @torch.no_grad()
 def study(pipe: UnCLIP, caption: str, n: int = 4, **options: Unpack[Options]) -> dict[str, UnCLIPOutput]:
-    """What the prior is for (Fig. 8): n pictures, from the same noise, by three conditions of the same decoder.
+    """What the prior is for (§5.1, Fig. 8): n pictures, from the same noise, by three conditions of the same decoder.
 
     "caption": the caption alone, z_i dropped; "text embedding": the caption, and its z_t in z_i's place; "prior": the
     caption and the prior's z_i, which is what `pipe(caption)` draws.
@@ -265,7 +265,7 @@ def probe(
     keep_alpha: bool = False,
     **options: Unpack[Options],
 ) -> Probe:
-    """Typographic attacks (§3.4): variations of a picture, and CLIP's probability of each label for it and for them.
+    """Typographic attacks (§4, Fig. 6): variations of a picture, and CLIP's probability of each label for all of them.
 
     A variation is judged as the decoder drew it, before the upsamplers.
     """

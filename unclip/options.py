@@ -105,6 +105,7 @@ Prior = Annotated[PriorKind | None, typer.Option(help="Which prior draws z_i; th
 Devices = Annotated[Device, typer.Option()]
 DTypes = Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")]
 Model = Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")]
+Tile = Annotated[int | None, typer.Option(help="Upsample in overlapping tiles of this side: less memory.")]
 
 
 @dataclass
@@ -123,6 +124,7 @@ class Common:
     device: Devices = Device.auto
     dtype: DTypes = DType.auto
     model: Model = None
+    tile: Tile = None
     sheet: Annotated[bool, typer.Option("--sheet", help="Also write all pictures on one labelled sheet.")] = False
 
     def load(self) -> "UnCLIP":
@@ -133,7 +135,9 @@ class Common:
         from unclip.pipeline import UnCLIP
 
         quiet_libraries()
-        return UnCLIP.from_pretrained(self.model, self.dtype.value, self.device.value)
+        pipe = UnCLIP.from_pretrained(self.model, self.dtype.value, self.device.value)
+        pipe.use_tiles(self.tile)
+        return pipe
 
     def options(self, bars: Bars) -> "Options":
         """What the pipeline's operations take."""

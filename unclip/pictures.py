@@ -67,9 +67,10 @@ def draw(
     """
     chosen = pipe.settings(preset, guidance_scale, prior_guidance_scale, prior=prior)
     settings = {"size": size or pipe.sizes[-1], "preset": preset, "dtype": str(pipe.dtype).removeprefix("torch.")}
-    settings |= {"device": pipe.device.type, **write_presets({"": chosen})[""]}
+    settings |= {"device": pipe.device.type, **(write_presets({"": chosen})[""] or {})}
     settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
-    common = {"settings": json.dumps(settings), "model": pipe.model_name, "software": f"unclip {__version__}"}
+    settings |= {"tile": pipe.tile} if pipe.tile else {}
+    common = {"settings": json.dumps(settings), **made_by(pipe)}
     taken: set[Path] = set()
     sheet: list[Image.Image] = []
     prompts = list(dict.fromkeys(prompts))
@@ -85,11 +86,19 @@ def draw(
             sheet += [image] if with_grid else []
             yield path
     if with_grid:
-        chunks = {"prompt": "\n".join(prompts), "seed": str(seed), "num_images": str(num_images), **common}
+        counts = {"num_images": str(num_images), "best_of": str(best_of)}
+        chunks = {"prompt": "\n".join(prompts), "seed": str(seed), **counts, **common}
         path = picture_path(folder, f"{slug(prompts[0])}-grid", seed, chunks, taken)
         row_a_prompt = len(prompts) > 1 and num_images > 1
         write_png(grid(sheet, num_images if row_a_prompt else columns_of(len(sheet))), path, chunks)
         yield path
+
+
+def made_by(pipe: UnCLIP) -> dict[str, str]:
+    """Text chunks that name the model, tell it from others of its name, and name the software."""
+    from unclip.folder import model_digest
+
+    return {"model": pipe.model_name, "model_digest": model_digest(pipe), "software": f"unclip {__version__}"}
 
 
 def groups(prompts: Sequence[str], num_images: int, most: int = AT_ONCE) -> Iterator[tuple[Sequence[str], int, int]]:

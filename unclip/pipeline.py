@@ -16,7 +16,7 @@ from decoder.decoder import Decoder
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior, best_of
 from prior.pca import PCA
-from unclip import inpainting, manipulations
+from unclip import inpainting, manipulations, stages
 from unclip.arguments import (
     Callback,
     DTypeName,
@@ -37,7 +37,7 @@ from unclip.folder import INDEX, announce, find_model, license_notice, load_fold
 from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
 from unclip.prompts import best_rows, check_best_of, check_negative, decode_prompts, embed_prompts
 from unclip.sources import check_output_type
-from unclip.stages import Known, UnCLIPOutput, compile_networks, finish, run_autoregressive, run_stage, use_tiles
+from unclip.stages import Known, UnCLIPOutput, check_prior, finish, run_stage
 from upsamplers.upsampler import Upsampler
 
 
@@ -77,14 +77,14 @@ class UnCLIP(DiffusionPipeline):
         prior_ar: AutoregressivePrior | None = None,
         pca: PCA | None = None,
     ):
-        """upsampler_256_last makes the first upsampler's last step; without a prior, pictures are given, not prompts.
-        prior_ar: the autoregressive prior, beside the other; pca: the basis of reconstructions.
+        """upsampler_256_last makes the first upsampler's last step; prior_ar: the autoregressive prior, beside the
+        other or in its place; without any, pictures are given, not prompts. pca: the basis of reconstructions.
 
         unit_norm: whether z_t and z_i have norm 1, or are as CLIP projects them. Raises ValueError where the
         components' widths or sizes do not fit each other, or a preset is wrong.
         """
         super().__init__()
-        self.presets = read_presets(presets)
+        self.presets = read_presets(presets, analytic="x0_variance" in getattr(prior_scheduler, "config", {}))
         self.register_modules(
             clip=clip,
             prior=prior,
@@ -184,16 +184,18 @@ class UnCLIP(DiffusionPipeline):
         """Every stage's settings under a preset with the given ones in place.
 
         steps: up to four, for prior, decoder, 256, 1024; None keeps the preset's. prior: which one draws z_i; None
-        keeps the preset's. Raises ValueError for an unknown preset or what a stage's scheduler cannot do.
+        keeps the preset's, or takes "ar" where that is the only one. Raises ValueError for an unknown preset, a prior
+        that is not there, or what a stage's scheduler cannot do.
         """
         if preset not in self.presets:
             raise ValueError(f"preset {preset!r} is unknown; this model has {', '.join(self.presets)}.")
+        if prior is None and self.prior is None and self.prior_ar is not None:
+            prior = "ar"
         settings = override(self.presets[preset], guidance_scale, prior_guidance_scale, steps, prior)
+        if self.prior_ar is not None or settings["prior"].solver == "ar":
+            check_prior(self, settings["prior"])
         for stage, chosen in settings.items():
-            if stage == "prior" and chosen.solver == "ar":
-                if self.prior_ar is None:
-                    raise ValueError("this model has no autoregressive prior; give prior='diffusion'.")
-            elif getattr(self, stage) is not None:
+            if chosen.solver != "ar" and getattr(self, stage) is not None:
                 resolve_timesteps(self.sampler(stage, chosen), chosen.steps)
         return settings
 
@@ -230,25 +232,20 @@ class UnCLIP(DiffusionPipeline):
         """The prior (§2.2), of the two that which the settings name: of `draws` samples per row, the one with the
         largest z_i·z_t.
 
-        text: b rows; negative: a prompt that the diffusion prior's guidance leads away from. Returns z_i (b, d),
-        float32 of unit norm as `encode_image` gives it. Raises ValueError where the model has no prior.
+        text: b rows; negative: a prompt that guidance leads away from. Returns z_i (b, d), float32 of unit norm as
+        `encode_image` gives it. Raises ValueError where the model has no such prior.
         """
-        if self.prior is None:
-            raise ValueError("this model has no prior: give image or z_i.")
         settings = settings or self.settings()["prior"]
+        check_prior(self, settings)
         self._check_rows(len(text.z_t), seeds)
-        candidates = []
-        for draw in range(1, settings.draws + 1):
-            stage = "prior" if draw == 1 else f"prior-{draw}"
-            condition = {"z_t": text.z_t, "text": text.states, "text_mask": text.mask}
-            part = (draw - 1, settings.draws)
-            if settings.solver == "ar":
-                candidates.append(run_autoregressive(self, condition, seeds, settings, callback, stage, part))
-                continue
-            shape = (self.prior.config["embedding_dim"],)
-            x0 = run_stage(self, "prior", condition, shape, seeds, settings, callback, None, stage, part, negative)
-            candidates.append(self.prior.unstandardize(x0).float())
-        z_i = torch.stack(candidates)  # draws b d
+        condition = {"z_t": text.z_t, "text": text.states, "text_mask": text.mask}
+        if settings.solver == "ar":
+            z_i = stages.run_autoregressive(self, condition, seeds, settings, callback, negative, settings.draws)
+        else:
+            shape, draws = (self.prior.config["embedding_dim"],), settings.draws
+            x0 = run_stage(self, "prior", condition, shape, seeds, settings, callback, negative=negative, draws=draws)
+            z_i = self.prior.unstandardize(x0).float()
+        z_i = z_i.unflatten(0, (settings.draws, -1))  # draws b d
         # CLIP's embeddings have unit norm, and the decoder was trained on them; a regressed mean is shorter
         return best_of(F.normalize(z_i, dim=-1) if self.unit_norm else z_i, text.z_t)
 
@@ -268,21 +265,11 @@ class UnCLIP(DiffusionPipeline):
 
         z_i may be None, for the caption alone. x_T: starting noise (b, 3, s, s), or with the solver "ddim_inverse" the
         pictures, whose noise comes back; None draws each row's from its seed. negative: a prompt that guidance leads
-        away from, where there is text. known: pixels that all rows keep.
+        away from, where the decoder reads text. known: pixels that all rows keep.
         """
         settings = settings or self.settings()["decoder"]
-        condition: dict[str, Tensor] = {}
-        if z_i is None:
-            z_i = torch.zeros(len(seeds), self.decoder.config["z_i_width"])
-            condition["drop_z_i"] = torch.ones(len(seeds), dtype=torch.bool)
-        condition["z_i"] = z_i
-        self._check_rows(len(z_i), seeds)
-        if text is None and self.decoder.config["z_t_width"] is not None:  # to it, no caption is the empty one
-            text = TextFeatures(*(part.expand(len(z_i), *part.shape[1:]) for part in self.encode_text([""])))
-        if text is not None and self.decoder.config["text_width"] is not None:
-            condition |= {"text": text.states, "text_mask": text.mask}
-        if text is not None and self.decoder.config["z_t_width"] is not None:
-            condition["z_t"] = text.z_t
+        self._check_rows(len(seeds) if z_i is None else len(z_i), seeds)
+        condition = stages.decoder_conditions(self, z_i, text, len(seeds), negative)
         side = int(self.decoder.config["sample_size"])
         shape = (3, side, side)
         x = run_stage(self, "decoder", condition, shape, seeds, settings, callback, x_T, negative=negative, known=known)
@@ -317,10 +304,10 @@ class UnCLIP(DiffusionPipeline):
             raise ValueError(f"size {size!r} is not offered; this model draws {', '.join(map(str, self.sizes))} px.")
         return size
 
-    compile = compile_networks
-    use_tiles = use_tiles
+    compile = stages.compile_networks
+    use_tiles = stages.use_tiles
 
-    # --- what one can do with (z_i, x_T): §3
+    # --- what one can do with (z_i, x_T): §3, §4
 
     invert = manipulations.invert
     mix = manipulations.mix
@@ -372,18 +359,18 @@ class UnCLIP(DiffusionPipeline):
         seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts, self.clip), generator, asked)
         size, output_type = self.check_size(size), check_output_type(output_type)
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps, prior)
-        negative_prompt = check_negative(negative_prompt, settings)
+        negative_prompt = check_negative(negative_prompt, self, settings, given is None and z_i is None)
         rows = len(seeds) // best_of
         if z_i is not None and tuple(z_i.shape) != (rows, self.decoder.config["z_i_width"]):
             raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({rows}, {self.decoder.config['z_i_width']}).")
-        if self.prior is None and z_i is None and given is None:
-            raise ValueError("this model has no prior: give image or z_i.")
+        if z_i is None and given is None:
+            check_prior(self, settings["prior"])
 
         if given is not None:
             z_i = self.encode_image(given).repeat_interleave(num_images, 0)
         if prompts is None:
             assert z_i is not None  # check_request
-            x = self.decode(z_i, None, seeds, settings["decoder"], callback)
+            x = self.decode(z_i, None, seeds, settings["decoder"], callback, negative=negative_prompt)
             return finish(self, x, z_i, seeds, size, settings, output_type, callback)
         z_i = None if z_i is None else z_i.repeat_interleave(best_of, 0)
         meant = embed_prompts(self, prompts, seeds, settings["prior"], callback, negative_prompt, z_i)

@@ -14,7 +14,7 @@ from unclip.arguments import Callback
 from unclip.clip.model import CLIP, NO_IMAGE_TOWER, TextFeatures
 from unclip.core.sampling import Seed
 from unclip.latents import slerp, weighted_mean
-from unclip.presets import GUIDED, StageSettings
+from unclip.presets import StageSettings
 from unclip.stages import Known
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def embed_prompts(
     if z_i is None:
         rows = [seed for i, parts in enumerate(parsed) for _ in parts for seed in seeds[i * n : (i + 1) * n]]
         drawn = pipe.sample_z_i(text, rows, settings, callback, negative)
-        assert pipe.prior is not None  # sample_z_i
-        z_i = join(drawn, parsed, n, pipe.prior.clip_mean)
+        average = pipe.prior_ar.pca.mean if settings.solver == "ar" else pipe.prior.clip_mean
+        z_i = join(drawn, parsed, n, average)
     sizes = [len(parts) * n for parts in parsed]
     first = TextFeatures(*(torch.cat([block[:n] for block in x.split(sizes)]) for x in text))
     has_text = torch.tensor([len(parts) == 1 for parts in parsed for _ in range(n)])
@@ -162,12 +162,18 @@ def check_best_of(best_of: int, prompts: Sequence[str] | None, clip: CLIP) -> in
     return best_of
 
 
-def check_negative(negative: str | None, settings: Mapping[str, StageSettings]) -> str | None:
-    """A negative prompt, None for an empty one. Raises TypeError, or ValueError where no guidance would use it."""
+def check_negative(
+    negative: str | None, pipe: UnCLIP, settings: Mapping[str, StageSettings], draws_z_i: bool = True
+) -> str | None:
+    """A negative prompt, None for an empty one. Raises TypeError, or ValueError where no guidance would use it.
+
+    draws_z_i: whether the prior is asked at all.
+    """
     if not isinstance(negative, str | None):
         raise TypeError(f"negative_prompt is of type {type(negative).__name__}; give a string.")
     if negative is None or not negative.strip():
         return None
-    if all(settings[stage].guidance_scale == 1 or settings[stage].solver == "ar" for stage in GUIDED):
+    heard = {"prior": draws_z_i, "decoder": pipe.decoder.config["text_width"] is not None}
+    if all(settings[stage].guidance_scale == 1 for stage in heard if heard[stage]):
         raise ValueError("negative_prompt came with no guidance to use it; give a guidance scale above 1.")
     return negative

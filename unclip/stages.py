@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prior.diffusion_prior import DiffusionPrior
 from unclip.arguments import Callback, OutputType, Pictures, as_type, cast, finite, reporter
+from unclip.clip.model import TextFeatures
 from unclip.core.diffusion import Diffusion
 from unclip.core.masks import known_channels
 from unclip.core.sampling import (
@@ -77,16 +78,15 @@ def run_stage(
     settings: StageSettings,
     callback: Callback | None,
     x_T: Tensor | None = None,
-    stage: str | None = None,
-    draw: tuple[int, int] = (0, 1),
     negative: str | None = None,
     known: Known | None = None,
+    draws: int = 1,
 ) -> Tensor:
-    """One network's sampling, `batch_size` pictures at a time: (b, *shape) in float32 on the network's device.
+    """One network's sampling, `batch_size` pictures at a time, in float32 on the network's device.
 
-    Where the pipeline has a network `<name>_last`, that one makes the last step. stage: the name its noise is drawn
-    under; draw: which of how many runs of this stage this is, for the callback; negative: a prompt in the place of
-    none, for the unconditional half of guidance; known: pixels that all pictures share.
+    Where the pipeline has a network `<name>_last`, that one makes the last step. negative: a prompt in the place of
+    none, for the unconditional half of guidance; known: pixels that all pictures share; draws: how often all rows are
+    drawn, from one context and noise of each draw's own. Returns (draws · b, *shape), draw after draw.
     """
     net, last, at_once = getattr(pipe, name), getattr(pipe, f"{name}_last", None), pipe.batch_size[name]
     scheduler = pipe.sampler(name, settings)
@@ -98,25 +98,27 @@ def run_stage(
     step = net if pipe.tile is None or not isinstance(net, Upsampler) else Tiled(net, pipe.tile)
     end = last if pipe.tile is None or last is None else Tiled(last, pipe.tile)
     scale, interval = settings.guidance_scale, settings.guidance_interval
-    results, batches = [], -(-len(seeds) // at_once)
+    results: list[list[Tensor]] = [[] for _ in range(draws)]
+    batches = -(-len(seeds) // at_once)
     for batch in range(batches):
         rows = slice(batch * at_once, (batch + 1) * at_once)
-        generators = picture_generators(seeds[rows], stage or name)
-        drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
-        noise = (drawn if x_T is None else x_T[rows].float()).to(device)
         context = encode_rows(net, {k: cast(v[rows], device, net.dtype) for k, v in conditions.items()})
-        null = null_context(pipe, name, conditions, len(noise), against) if scale != 1 else None
+        null = null_context(pipe, name, conditions, len(seeds[rows]), against) if scale != 1 else None
         if known is not None and known.shown and net.inpaint:
-            seen = known_channels(known.x0, known.keep).to(device, net.dtype).expand(len(noise), -1, -1, -1)
+            seen = known_channels(known.x0, known.keep).to(device, net.dtype).expand(len(seeds[rows]), -1, -1, -1)
             context, null = (c if c is None else c._replace(known=seen) for c in (context, null))
         denoise = guided(step, at_steps(net, context, steps), at_steps(net, null, steps), scale, interval)
         if end is not None:
             denoise = ending(denoise, guided(end, context, null, scale, interval), steps[-1])
         if known is not None:
             denoise = keeping(denoise, Diffusion.from_scheduler(scheduler).to(device), known)
-        report = reporter(callback, name, len(steps) - rises, draw[0] * batches + batch, draw[1] * batches)
-        results.append(sample(denoise, scheduler, noise, steps, generators, report, eta=settings.eta))
-    x = finite(torch.cat(results), name, net.dtype)
+        for draw in range(draws):
+            generators = picture_generators(seeds[rows], stream(name, draw))
+            drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
+            noise = (drawn if x_T is None else x_T[rows].float()).to(device)
+            report = reporter(callback, name, len(steps) - rises, batch * draws + draw, batches * draws)
+            results[draw].append(sample(denoise, scheduler, noise, steps, generators, report, eta=settings.eta))
+    x = finite(torch.cat([part for parts in results for part in parts]), name, net.dtype)
     return x if known is None else torch.where(known.keep.to(device), known.x0.to(device), x)
 
 
@@ -126,26 +128,68 @@ def run_autoregressive(
     seeds: Sequence[Seed],
     settings: StageSettings,
     callback: Callback | None,
-    stage: str = "prior",
-    draw: tuple[int, int] = (0, 1),
+    negative: str | None = None,
+    draws: int = 1,
 ) -> Tensor:
-    """The autoregressive prior's z_i (b, d) in float32, whose norm is not made 1; otherwise as `run_stage`."""
+    """The autoregressive prior's z_i (draws · b, d) in float32, whose norm is not made 1; otherwise as `run_stage`."""
     net: Any = pipe.prior_ar
-    at_once, device = pipe.batch_size["prior"], place(net)
+    at_once, device, away = pipe.batch_size["prior"], place(net), None
     if unknown := settings.options.keys() - {"temperature", "top_p"}:
         raise ValueError(f"the autoregressive prior has no option {min(unknown)!r}, but temperature and top_p.")
+    if negative and negative.strip() and settings.guidance_scale != 1:
+        conditions, against = padded_alike(conditions, caption(pipe, [negative], conditions["text"].shape[1]))
+        away = {k: cast(v, device, net.dtype) for k, v in against.items()}
     results, batches = [], -(-len(seeds) // at_once)
-    for batch in range(batches):
+    for part in range(draws * batches):
+        draw, batch = divmod(part, batches)
         rows = slice(batch * at_once, (batch + 1) * at_once)
         z_i = net.sample(
             **{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()},
-            generators=picture_generators(seeds[rows], stage),
+            generators=picture_generators(seeds[rows], stream("prior", draw)),
             guidance_scale=settings.guidance_scale,
-            callback=reporter(callback, "prior", net.components, draw[0] * batches + batch, draw[1] * batches),
+            callback=reporter(callback, "prior", net.components, part, draws * batches),
+            negative=away and {k: v.expand(len(seeds[rows]), *v.shape[1:]) for k, v in away.items()},
             **settings.options,
         )
         results.append(z_i)
     return finite(torch.cat(results), "prior_ar", net.dtype)
+
+
+def decoder_conditions(
+    pipe: UnCLIP, z_i: Tensor | None, text: TextFeatures | None, rows: int, negative: str | None = None
+) -> dict[str, Tensor]:
+    """What the decoder's context is made of: z_i (b, d), text (b rows), or None for none; rows: b.
+
+    To a decoder of z_t no caption is the empty one. To one of text alone it is a dropped one, and is left out but where
+    a negative prompt needs its place.
+    """
+    width, z_i_width, z_t_width = (pipe.decoder.config[f"{name}_width"] for name in ("text", "z_i", "z_t"))
+    conditions = {"z_i": torch.zeros(rows, z_i_width) if z_i is None else z_i}
+    if z_i is None:
+        conditions["drop_z_i"] = torch.ones(rows, dtype=torch.bool)
+    if width is None or (text is None and not negative and z_t_width is None):
+        return conditions
+    if text is None:
+        text = TextFeatures(*(part.expand(rows, *part.shape[1:]) for part in pipe.encode_text([""])))
+        if z_t_width is None:
+            conditions["drop_text"] = torch.ones(rows, dtype=torch.bool)
+    conditions |= {"text": text.states, "text_mask": text.mask}
+    return conditions if z_t_width is None else {**conditions, "z_t": text.z_t}
+
+
+def stream(name: str, draw: int) -> str:
+    """What the noise of a stage's draw, from 0, is drawn under."""
+    return name if draw == 0 else f"{name}-{draw + 1}"
+
+
+def check_prior(pipe: UnCLIP, settings: StageSettings) -> None:
+    """Raises ValueError where the model lacks the prior that the settings name."""
+    if settings.solver == "ar" and pipe.prior_ar is None:
+        raise ValueError("this model has no autoregressive prior; give prior='diffusion'.")
+    if settings.solver != "ar" and pipe.prior is None and pipe.prior_ar is not None:
+        raise ValueError("this model has no diffusion prior; give prior='ar'.")
+    if settings.solver != "ar" and pipe.prior is None:
+        raise ValueError("this model has no prior: give image or z_i.")
 
 
 def finish(

@@ -215,9 +215,10 @@ def test_what_is_no_clip_is_named(tmp_path: Path, bert_folder):
 def test_a_damaged_clip_is_one_sentence(tiny_clip: Path, tmp_path: Path, file: str):
     folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
     os.truncate(folder / file, 200)
-    with pytest.raises(ValueError, match=r"does not load .* train or fetch it again") as caught:
+    with pytest.raises(ValueError, match=r"does not load as CLIP.* \(.*\); fetch or make it again") as caught:
         CLIP.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{folder / file.partition('/')[0]} does not load")
 
 
 def test_papers_sizes(request):

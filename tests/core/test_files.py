@@ -70,3 +70,15 @@ def test_an_interrupted_file_leaves_the_old_one(tmp_path: Path, error: type[Base
         write_json({"a": object()}, path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("write", [whole_folder, whole_file])
+def test_a_failure_leaves_no_parents_that_it_made(tmp_path: Path, write):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError), write(tmp_path / "there" / "a" / "b" / "c"):
+        raise ValueError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+    with pytest.raises(ValueError), write(tmp_path / "there" / "a" / "b" / "c"):
+        (tmp_path / "there" / "a" / "other").write_text("mine")
+        raise ValueError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "other", "there"]

@@ -334,6 +334,40 @@ def test_a_command_ends_in_one_line(tmp_path, capsys):
     assert capsys.readouterr().err == "interrupted; what was saved is kept.\n"
 
 
+@pytest.mark.parametrize("room", [4_000, 12_000])  # for no file of weights; for those, but not for the moments
+def test_a_full_disk_is_one_sentence_and_leaves_no_half_state(tmp_path, room: int):
+    resource = pytest.importorskip("resource")
+    from decoder.train import DecoderConfig
+
+    config, recipe = config_of(tmp_path / "run", save_every=2), tmp_path / "decoder.yaml"
+    recipe.write_text("model: {}\nclip: a\ntrain: {out: b, steps: 5, batch_size: 2}\ndata: {path: c}\n")
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))  # a longer file cannot be written
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(DecoderConfig, lambda _: train(config, Affine(), loss_fn, Pictures()), ["--config", str(recipe)])
+        if room < 10_000:
+            with pytest.raises(OSError, match="other could not be written"):
+                checkpoint.export(Affine(), tmp_path / "new" / "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    assert f"error: {config.out}/checkpoints/step-00000002 could not be written (" in str(caught.value.code)
+    assert "make room" in str(caught.value.code) and "\n" not in str(caught.value.code)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_launcher_says_no_more_than_the_command(tmp_path):
+    root = Path(__file__).parents[2]
+    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = ["-m", "unclip.clip.train", "--config", "recipes/own/clip.yaml", "--data.path", str(tmp_path / "nowhere")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--cpu", *options, *command]
+    result = subprocess.run(launch, cwd=root, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 1
+    assert f"error: There is no corpus folder {tmp_path / 'nowhere'}" in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
 def test_config_from_file_with_overrides(tmp_path):
     from decoder.train import DecoderConfig
 

@@ -52,6 +52,16 @@ def test_metadata(tmp_path: Path):
     assert ShardDataset(DataConfig(str(tmp_path / "out")))[0]["keywords"] == ["k"]
 
 
+def test_a_bad_picture_may_have_an_absolute_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    put(Path("in"), "a.png", None)
+    (tmp_path / "in" / "b.png").write_bytes(b"not a picture")
+    lines = [{"file_name": str(tmp_path / "in" / name), "text": "a field"} for name in ("a.png", "b.png")]
+    Path("in/metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    summary = pack("in", "out")
+    assert (summary["count"], summary["skipped"]) == (1, ["b.png"])
+
+
 @pytest.mark.parametrize("line", ["{", '{"text": "x"}', "[]", '{"file_name": "../secret.png", "text": "x"}'])
 def test_bad_metadata_is_one_sentence(tmp_path: Path, line: str):
     source = tmp_path / "in"
@@ -98,7 +108,7 @@ def test_nothing_to_pack_leaves_nothing(tmp_path: Path):
         pack(source, tmp_path / "out")
     put(source, "a.png", None)
     with pytest.raises(ValueError, match="None of the 1 pictures"):
-        pack(source, tmp_path / "out")
+        pack(source, tmp_path / "new" / "folders" / "out")
     with pytest.raises(ValueError, match="size is 0"):
         pack(source, tmp_path / "out", 0)
     with pytest.raises(ValueError, match="not a plain word"):

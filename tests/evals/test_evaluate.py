@@ -54,7 +54,8 @@ def test_evaluate_writes_figures_and_sheet(folder, tiny_model, tmp_path):
     path, sheet = tmp_path / "out" / "concepts.json", tmp_path / "out" / "sheet.png"
     figures = evaluate(str(tiny_model), "train", 4, path, folder, sheet=sheet)
     assert json.loads(path.read_text()) == figures
-    assert figures["model"] == tiny_model.name and figures["preset"] == "default" and figures["concepts"] == 4
+    assert (figures["model"], figures["dtype"]) == (tiny_model.name, "fp32")
+    assert figures["preset"] == "default" and figures["concepts"] == 4
     assert {"generated", "ceiling", "floor", "over_ceiling", "count", "split", "seed"} <= set(figures)
     assert Image.open(sheet).width > 4 * 128
     assert sorted(p.name for p in path.parent.iterdir()) == ["concepts.json", "sheet.png"]

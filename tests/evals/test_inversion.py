@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from unclip.core.data import pil_from_pixels
-from unclip.evals.inversion import choose, evaluate, measure, noise_statistics, psnr
+from unclip.evals.inversion import choose, evaluate, measure, noise_statistics, psnr, summary
 from unclip.pipeline import UnCLIP
 
 
@@ -61,6 +62,34 @@ def test_the_command_measures_held_out_drawings(tiny_model: Path, tiny_corpus: P
     for count in (1, 17):
         with pytest.raises(ValueError, match="the split has 16"):
             evaluate(str(tiny_model), tiny_corpus, "train", count)
+
+
+def test_drawings_of_any_concept_are_inverted_and_both_groups_reported(
+    copy_model: Callable[[], Path], tiny_corpus: Path
+) -> None:
+    model = copy_model()
+    (model / "concepts.txt").write_text("red half\nred corner\nblue half\n")
+    figures = evaluate(str(model), tiny_corpus, "train", 16, (2,))
+    assert (figures["count"], figures["drawings_of_trained_concepts"], figures["dtype"]) == (16, 3, "fp32")
+    row = figures["2"]
+    mean = (3 * row["of_trained_concepts"]["mean"] + 13 * row["of_other_concepts"]["mean"]) / 16
+    assert mean == pytest.approx(row["reconstruction"]["mean"], abs=0.02)
+    least = min(row["of_trained_concepts"]["least"], row["of_other_concepts"]["least"])
+    assert least == row["reconstruction"]["least"]
+    (model / "concepts.txt").write_text("a thing of nowhere\n")
+    figures = evaluate(str(model), tiny_corpus, "train", 2, (2,))
+    assert figures["drawings_of_trained_concepts"] == 0
+    assert "of_trained_concepts" not in figures["2"]
+    assert figures["2"]["of_other_concepts"] == figures["2"]["reconstruction"]
+    (model / "concepts.txt").unlink()
+    figures = evaluate(str(model), tiny_corpus, "train", 2, (2,))
+    assert figures["drawings_of_trained_concepts"] is None
+    assert "of_other_concepts" not in figures["2"]
+
+
+def test_one_value_has_no_spread() -> None:
+    assert summary(torch.tensor([20.0])) == {"mean": 20.0, "std": 0.0, "least": 20.0}
+    assert summary(torch.tensor([20.0, 30.0])) == {"mean": 25.0, "std": 7.07, "least": 20.0}
 
 
 def test_the_choice_is_fixed_by_its_seed(tiny_corpus: Path) -> None:

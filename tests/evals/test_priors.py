@@ -12,6 +12,7 @@ from prior.pca import PCA
 from unclip.assemble import load_stage
 from unclip.core.data import DataConfig, ShardDataset
 from unclip.core.sampling import make_sampler
+from unclip.evals.concepts import evaluate as concepts
 from unclip.evals.priors import candidates, evaluate, measure, table
 from unclip.pipeline import UnCLIP
 
@@ -61,10 +62,37 @@ def test_a_row_s_figures_are_those_of_what_was_drawn(pipe: UnCLIP, tiny_corpus: 
 
 def test_the_report_is_a_file_and_a_table(pipe: UnCLIP, tiny_corpus: Path, tmp_path: Path) -> None:
     model = pipe.save_pretrained(tmp_path / "model")
-    report = evaluate(str(model), tiny_corpus, ["train"], (2,), json_path=tmp_path / "priors.json", limit=6)
+    report = evaluate(str(model), tiny_corpus, ["train"], (2,), None, 6, 0, tmp_path / "priors.json")
     assert json.loads((tmp_path / "priors.json").read_text()) == report
     assert set(report["parameters"]) == {"diffusion", "autoregressive"}
     lines = table(report).splitlines()
     assert len(lines) == 2 + len(report["rows"]) == 6
     assert len({line.count("|") for line in lines}) == 1
     assert f"{report['parameters']['autoregressive']:,}" in lines[-1]
+    assert not any("decoded" in figures for row in report["rows"].values() for figures in row.values())
+    assert "decoded top1" in lines[0] and lines[-1].endswith("| – | – |")
+
+
+def test_pictures_of_both_priors_are_judged(pipe: UnCLIP, sized_corpus: Path, tmp_path: Path) -> None:
+    """The figures are those of `unclip evals concepts`, given the same captions and seeds."""
+    model, path = pipe.save_pretrained(tmp_path / "model"), tmp_path / "priors.json"
+    report = evaluate(str(model), sized_corpus, ("train", "test-pair"), (2,), None, 6, 3, path)
+    assert json.loads(path.read_text()) == report
+    assert report["dtype"] == "fp32"
+    names = list(report["rows"])
+    judged = [name for name in names if "decoded" in report["rows"][name]["test-pair"]]
+    assert judged == [names[0], "autoregressive"]
+    for name, condition in zip(judged, ("prior", "ar"), strict=True):
+        for split in ("train", "test-pair"):
+            alone = concepts(str(model), split, 3, None, sized_corpus, condition=condition)
+            decoded = report["rows"][name][split]["decoded"]
+            assert decoded == {part: alone[part] for part in decoded}
+            assert {"count", "generated", "ceiling", "floor"} <= decoded.keys()
+    lines = table(report).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[-1].split("|")[-2].strip() == str(decoded["generated"]["top5"])
+    assert lines[3].endswith("| – | – |")
+    with pytest.raises(ValueError, match="count=-1 came"):
+        evaluate(str(model), sized_corpus, count=-1)
+    with pytest.raises(ValueError, match="split='test-concept'"):
+        evaluate(str(model), sized_corpus, ["test-concept"])

@@ -127,7 +127,7 @@ def test_the_report_holds_all_its_parts(tiny_model, tmp_path):
     figures = report(str(tiny_model), tmp_path / "shapes", tmp_path / "out", count=4, minutes={"clip": 1.5})
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == figures
     assert {"seen", "held_out", "real", "chance", "refused", "minutes"} <= set(figures)
-    assert figures["minutes"] == {"clip": 1.5}
+    assert (figures["minutes"], figures["dtype"]) == ({"clip": 1.5}, "fp32")
     assert figures["real"]["shape_and_colour"] == 1
     assert Image.open(tmp_path / "out" / "sheet.png").width > 0
 

@@ -74,6 +74,7 @@ def test_the_report_has_every_row_and_is_a_file_and_a_table(
     path = tmp_path / "table.json"
     report = evaluate(str(tiny_model), "train", 6, None, path, sized_corpus, judges=JUDGES)
     assert json.loads(path.read_text()) == report
+    assert report["dtype"] == "fp32"
     decoded = ["real", "true z_i", "prior", "z_t in z_i's place", "caption alone"]
     assert list(report["rows"]["16"]) == decoded
     for side in ("64", "256"):

@@ -1,6 +1,7 @@
 """What upsamplers are measured by: known errors, Lanczos in an upsampler's place, and a tiny model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,10 @@ def test_every_size_and_both_inputs_are_measured(sized_corpus: Path, tiny_model:
         evaluate(model, sized_corpus, "test-pair", 2, 64, strength=2)
     with pytest.raises(ValueError, match="40 drawings asked for"):
         evaluate(model, sized_corpus, "test-pair", 40, 64)
+
+
+def test_drawings_of_any_concept_are_enlarged(copy_model: Callable[[], Path], sized_corpus: Path) -> None:
+    model = copy_model()
+    (model / "concepts.txt").write_text("blue fish\n")
+    report = evaluate(str(model), sized_corpus, "test-pair", 4, 64)
+    assert (report["count"], report["drawings_of_trained_concepts"], report["dtype"]) == (4, 1, "fp32")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unclip.arguments import check_fit, choose_device, choose_dtype
+from unclip.arguments import check_fit, choose_device, choose_dtype, finite
 from unclip.pipeline import UnCLIP
 
 
@@ -25,3 +25,13 @@ def test_dtypes_and_devices_by_name() -> None:
         choose_dtype("int8", cpu)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="device 'abacus'"):
         choose_device("abacus")
+
+
+def test_what_is_not_finite_is_named_as_options_name_it() -> None:
+    x = torch.tensor([0.0, float("nan")])
+    with pytest.raises(ValueError, match=r"^decoder gave NaN or infinity in bf16; .*fp32.*--dtype fp32") as caught:
+        finite(x, "decoder", torch.bfloat16)
+    assert "torch" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^decoder gave NaN or infinity in fp32; check its weights\.$"):
+        finite(x, "decoder", torch.float32)
+    assert finite(x[:1], "decoder", torch.float32).tolist() == [0.0]

@@ -59,6 +59,26 @@ def test_the_command_stores_fp16_in_small_files(tiny_stages: dict[str, Path], tm
     assert UnCLIP.from_pretrained(tmp_path / "model").dtype == torch.float32
 
 
+def test_either_prior_will_do(tiny_stages: dict[str, Path], tmp_path: Path, capsys) -> None:
+    from prior.autoregressive_prior import AutoregressivePrior
+
+    small = {"width": 16, "depth": 1, "heads": 2, "components": 4, "buckets": 8, "dot_buckets": 4}
+    prior = AutoregressivePrior(embedding_dim=16, text_width=24, context_length=24, **small)
+    prior.save_pretrained(tmp_path / "ar" / "model")
+    options = [f"--{name}={tiny_stages[name]}" for name in ("clip", "decoder")]
+    with pytest.raises(SystemExit) as caught:
+        main(["assemble", *options, f"--prior-ar={tmp_path / 'ar'}", f"--out={tmp_path / 'model'}"])
+    assert caught.value.code == 0, capsys.readouterr().err
+    pipe = UnCLIP.from_pretrained(tmp_path / "model")
+    assert pipe.prior is None
+    assert pipe("a red apple", steps=[None, 2]).images[0].size == (16, 16)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["assemble", *options, f"--out={tmp_path / 'none'}"])
+    assert caught.value.code == 2 and "neither prior nor prior_ar came" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_model_replaces_a_model_whole(tiny_stages: dict[str, Path], tmp_path: Path) -> None:
     first = {name: tiny_stages[name] for name in ("clip", "prior", "decoder")}
     out = assemble(tmp_path / "model", **tiny_stages)

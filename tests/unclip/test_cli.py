@@ -1,6 +1,7 @@
 """The command line: what it prints and writes, and that bad input costs one sentence and no file."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from unclip.cli import main
 from unclip.evals.sheets import CAPTIONS, read_captions
@@ -41,17 +43,24 @@ def sample(model: Path, *more: object) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize(
-    "code", ["import unclip; unclip.__version__; dir(unclip)", "from unclip.cli import main; main(['--help'])"]
+    ("code", "status"),
+    [
+        ("import unclip; unclip.__version__; dir(unclip)", 0),
+        ("from unclip.cli import main; main(['--help'])", 0),
+        ("from unclip.cli import main; main(['sample', ''])", 2),
+        ("from unclip.cli import main; main(['sample', 'a pear', ' '])", 2),
+    ],
 )
-def test_nothing_heavy_is_loaded_before_it_is_needed(code: str) -> None:
+def test_nothing_heavy_is_loaded_before_it_is_needed(code: str, status: int) -> None:
     check = (
         "import atexit, sys\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'accelerate'}\n"
         "atexit.register(lambda: print('LOADED', sorted(heavy & set(sys.modules))))\n"
     )
     done = subprocess.run([sys.executable, "-c", check + code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     assert done.stdout.splitlines()[-1] == "LOADED []"
+    assert done.stderr == ("unclip: a prompt is empty; say what to draw.\n" if status else "")
 
 
 def test_an_unknown_attribute_is_an_attribute_error() -> None:
@@ -89,6 +98,35 @@ def test_prompts_of_one_name_and_other_settings_overwrite_nothing(run, tiny_mode
     assert status == 0
     assert again[-1] not in out
     assert before.items() < files(tmp_path).items()
+
+
+def test_models_of_one_name_overwrite_nothing(run, tiny_model: Path, tmp_path: Path) -> None:
+    for place in ("a", "b", "elsewhere"):
+        shutil.copytree(tiny_model, tmp_path / place / "tiny")
+    weights = tmp_path / "b" / "tiny" / "decoder" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    arguments = ("a pear", "--size", 16, "--grid")
+    assert run(*sample(tmp_path / "a" / "tiny", *arguments))[0] == 0
+    first = files(tmp_path / "pictures")
+    assert run(*sample(tmp_path / "elsewhere" / "tiny", *arguments))[0] == 0
+    assert files(tmp_path / "pictures") == first
+    assert run(*sample(tmp_path / "b" / "tiny", *arguments))[0] == 0
+    both = files(tmp_path / "pictures")
+    assert first.items() < both.items()
+    assert len(both) == 4
+
+
+@pytest.mark.parametrize("more", [("--best-of", 2), ("--tile", 32)])
+def test_a_sheet_of_other_settings_overwrites_nothing(run, tiny_model: Path, tmp_path: Path, more) -> None:
+    arguments = ("a pear", "--size", 64, "--grid")
+    assert run(*sample(tiny_model, *arguments))[0] == 0
+    before = files(tmp_path)
+    status, out, err = run(*sample(tiny_model, *arguments, *more))
+    assert status == 0, err
+    assert before.items() < files(tmp_path).items()
+    chunks = read_chunks(Path(out[-1])) or {}
+    said = {**json.loads(chunks["settings"]), **chunks}
+    assert str(said[more[0].removeprefix("--").replace("-", "_")]) == str(more[1])
 
 
 def test_prompts_from_a_file_and_a_grid(run, tiny_model: Path, tmp_path: Path) -> None:

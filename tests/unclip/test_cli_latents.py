@@ -23,9 +23,9 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     Image.linear_gradient("L").resize(image.size).save("mask.png")
     Image.new("L", image.size).save("black.png")
 
-    def call(command: str, *arguments: object) -> tuple[int, list[str], str]:
+    def call(command: str, *arguments: object, model: Path = tiny_model) -> tuple[int, list[str], str]:
         with pytest.raises(SystemExit) as caught:
-            main([command, *(str(a) for a in arguments), "--model", str(tiny_model), *(str(a) for a in FEW)])
+            main([command, *(str(a) for a in arguments), "--model", str(model), *(str(a) for a in FEW)])
         out, err = capsys.readouterr()
         return int(caught.value.code or 0), out.splitlines(), err
 
@@ -76,6 +76,20 @@ def test_other_settings_overwrite_nothing(run, tmp_path: Path) -> None:
     assert len(out) == 4
     assert before.items() < files(tmp_path).items()
     assert len(files(tmp_path)) == len(before) + 4
+
+
+def test_models_of_one_name_overwrite_nothing(run, copy_model: Callable[[], Path], tiny_model: Path, tmp_path: Path):
+    other = copy_model().rename(tmp_path / tiny_model.name)
+    index = json.loads((other / "model_index.json").read_text())
+    index["presets"]["default"]["decoder"]["steps"] = 3
+    arguments = ("study", "a red apple", "--num-images", 1, "--sheet")
+    assert run(*arguments, "--out", "made")[0] == 0
+    first = files(tmp_path / "made")
+    for count in (4, 8):  # the copy as it is, and with another preset
+        assert run(*arguments, "--out", "made", model=other)[0] == 0
+        assert first.items() <= files(tmp_path / "made").items()
+        assert len(files(tmp_path / "made")) == count
+        (other / "model_index.json").write_text(json.dumps(index))
 
 
 def test_an_animation_goes_there_and_back(run) -> None:

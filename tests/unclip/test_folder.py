@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from unclip.folder import model_digest
 from unclip.pipeline import UnCLIP
 from unclip.presets import read_presets
 
@@ -55,6 +57,29 @@ def test_a_model_may_stop_early(pipe: UnCLIP, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="size 64 is not offered"):
         short("a red apple", size=64)
     assert short.presets == read_presets(None)
+
+
+def test_a_digest_is_of_what_a_model_holds(pipe: UnCLIP, copy_model) -> None:
+    folder = copy_model()
+
+    def digest() -> str:
+        return model_digest(UnCLIP.from_pretrained(folder))
+
+    assert digest() == model_digest(pipe)
+    found = {digest()}
+    weights = folder / "prior" / "diffusion_pytorch_model.safetensors"
+    changed = load_file(weights)
+    changed[max(changed)] *= 1.01
+    save_file(changed, weights, {"format": "pt"})
+    for file, old, new in (
+        ("model_index.json", '"guidance_scale": 2.0', '"guidance_scale": 2.5'),
+        ("decoder_scheduler/scheduler_config.json", '"clip_sample_range": 1.0', '"clip_sample_range": 2.0'),
+    ):
+        found.add(digest())
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+    assert len({*found, digest()}) == 4
 
 
 def damage_truncate(folder: Path) -> None:
@@ -108,6 +133,15 @@ def damage_tokenizer(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
 
 
+def damage_half_a_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def damage_clip_config(folder: Path) -> None:
+    (folder / "clip" / "config.json").write_text("{")
+
+
 def damage_presets(folder: Path) -> None:
     path = folder / "model_index.json"
     index = json.loads(path.read_text())
@@ -128,7 +162,9 @@ def damage_presets(folder: Path) -> None:
         (damage_class, "expected Decoder"),
         (damage_required, "names no prior_scheduler"),
         (damage_clip, "bytes"),
-        (damage_tokenizer, "does not load as CLIP"),
+        (damage_tokenizer, r"^\S+/tokenizer does not load as CLIP's tokenizer \("),
+        (damage_half_a_tokenizer, r"^\S+/tokenizer does not load as CLIP's tokenizer \("),
+        (damage_clip_config, r"^\S+/clip does not load as CLIP \("),
         (damage_presets, "steps are 0"),
     ],
 )
@@ -138,6 +174,7 @@ def test_a_damaged_folder_is_one_sentence(damage, says: str, copy_model) -> None
     with pytest.raises((ValueError, FileNotFoundError), match=says) as caught:
         UnCLIP.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).count(" again.") <= 1
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "a/b/c", "/nowhere/at/all", ""])

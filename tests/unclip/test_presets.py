@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,19 @@ def test_presets_round_trip_and_refuse_what_they_do_not_know() -> None:
         read_presets({"fast": {"decoder": {"speed": 1}}})
 
 
+def test_a_default_may_be_none_of_a_model_s() -> None:
+    presets = read_presets({"paper": None, "mine": {}})
+    assert set(presets) == {"fast", "default", "mine"}
+    assert read_presets(json.loads(json.dumps(write_presets(presets)))) == presets
+    with pytest.raises(ValueError, match="preset 'default' is None"):
+        read_presets({"default": None})
+
+
 def test_the_paper_preset_is_table_3() -> None:
     paper = read_presets(None)["paper"]
     assert [stage.steps for stage in paper.values()] == [64, 250, 27, 15]
     assert paper["prior"].draws == 2
+    assert paper["prior"].solver == "ddpm"
+    analytic = read_presets(None, analytic=True)
+    assert analytic["paper"]["prior"] == replace(paper["prior"], solver="analytic")
+    assert {**analytic, "paper": paper} == read_presets(None)

@@ -70,6 +70,36 @@ def test_a_call_takes_the_prior_and_its_guidance(both: UnCLIP) -> None:
     assert not torch.allclose(guided, z_i(prior="ar"), atol=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_a_negative_prompt_leads_away(both: UnCLIP, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(both.batch_size, "prior", batch_size)
+    caption, long = "a red apple", "two yellow stars and a small purple house on a plate"
+    guided = {"prior": "ar", "size": 16, "num_images": 3, "seed": 5, "guidance_scale": 1.0, "prior_guidance_scale": 2.5}
+    text = both.encode_text([caption] * 3)
+    plain = both(caption, **guided).image_embeds
+    for negative in ("stars", long):
+        away = both.encode_text([negative] * 3)
+        n = max(text.mask.shape[1], away.mask.shape[1])
+        here, there = (
+            {
+                "z_t": t.z_t,
+                "text": F.pad(t.states, (0, 0, 0, n - t.states.shape[1])),
+                "text_mask": F.pad(t.mask, (0, n - t.mask.shape[1])),
+            }
+            for t in (text, away)
+        )
+        own = both.prior_ar.sample(
+            **here, generators=picture_generators([5, 6, 7], "prior"), guidance_scale=2.5, negative=there
+        )
+        drawn = both(caption, negative_prompt=negative, **guided).image_embeds
+        assert torch.allclose(drawn, F.normalize(own, dim=-1), atol=1e-5)
+        assert not torch.allclose(drawn, plain, atol=1e-3)
+    itself = both(caption, negative_prompt=caption, **guided).image_embeds
+    assert torch.allclose(itself, both(caption, **{**guided, "prior_guidance_scale": 1.0}).image_embeds, atol=1e-5)
+    with pytest.raises(ValueError, match="guidance scale above 1"):
+        both(caption, negative_prompt="stars", **{**guided, "prior_guidance_scale": 1.0})
+
+
 def test_a_picture_is_its_seed_s_whatever_the_batch(both: UnCLIP) -> None:
     settings = both.settings(prior="ar")["prior"]
     text = both.encode_text(["a red apple"] * 3)
@@ -112,6 +142,23 @@ def test_a_preset_may_name_it(both: UnCLIP) -> None:
     assert pipe.settings()["prior"] == replace(pipe.settings()["prior"], solver="ar", guidance_scale=2.0)
     assert pipe.settings(prior="ar")["prior"] == pipe.settings()["prior"]
     assert pipe.settings(prior="diffusion")["prior"].solver == "dpm++"
+
+
+def test_the_autoregressive_prior_alone_is_a_model(both: UnCLIP, tmp_path: Path) -> None:
+    parts = {name: part for name, part in both.components.items() if part is not None}
+    parts |= {"prior": None, "prior_scheduler": None}
+    alone = UnCLIP.from_pretrained(UnCLIP(**parts).save_pretrained(tmp_path / "model"))
+    options = {"size": 16, "seed": 2, "output_type": "pt", "steps": [None, 2]}
+    for prompt in ("a red apple", "a red apple:2 | two stars"):
+        drawn = alone(prompt, **options)
+        assert torch.equal(drawn.image_embeds, alone(prompt, prior="ar", **options).image_embeds)
+        assert torch.equal(drawn.image_embeds, both(prompt, prior="ar", **options).image_embeds)
+    average = F.normalize(both.prior_ar.pca.mean, dim=0)  # which a lone weight of 0 leads to
+    for pipe in (alone, both):
+        assert torch.allclose(pipe("a red apple:0", prior="ar", **options).image_embeds[0], average, atol=1e-5)
+    assert alone.vary("a red apple", n=1, size=16, steps=2).seeds == [0]
+    with pytest.raises(ValueError, match="no diffusion prior; give prior='ar'"):
+        alone("a red apple", prior="diffusion")
 
 
 def test_both_priors_and_the_basis_are_in_the_folder(both: UnCLIP, tmp_path: Path) -> None:
@@ -169,6 +216,23 @@ def test_assembling_names_what_is_no_autoregressive_prior(tiny_stages: dict[str,
     with pytest.raises(ValueError, match=r"AutoregressivePrior|lacks the weights"):
         assemble(tmp_path / "model", **stages, prior_ar=tiny_stages["prior"])
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_paper_s_preset_samples_by_analytic_variance_where_it_is_known(both: UnCLIP, known: bool, tmp_path) -> None:
+    from unclip.core.sampling import make_sampler
+
+    parts = {name: part for name, part in both.components.items() if part is not None}
+    if known:
+        parts["prior_scheduler"] = make_sampler(both.prior_scheduler, "analytic", x0_variance=[0.5] * 1000)
+    made = UnCLIP(**parts)
+    for pipe in (made, UnCLIP.from_pretrained(made.save_pretrained(tmp_path / "model"))):
+        settings = pipe.settings("paper")["prior"]
+        assert settings == replace(made.settings("paper")["prior"], solver="analytic" if known else "ddpm")
+        assert (settings.steps, settings.draws) == (64, 2)
+    assert made.settings()["prior"].solver == "dpm++"
+    own = UnCLIP(**parts, presets={"paper": {"prior": {"solver": "ddpm"}}})
+    assert own.settings("paper")["prior"].solver == "ddpm"
 
 
 def test_analytic_variance_needs_its_statistic(both: UnCLIP) -> None:

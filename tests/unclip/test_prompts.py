@@ -132,6 +132,29 @@ def test_an_empty_negative_prompt_changes_nothing_and_another_something(pipe: Un
         pipe(CAPTION, negative_prompt=3)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_negative_prompt_is_heard_where_there_is_no_caption(pipe: UnCLIP) -> None:
+    """Of several parts, and of a picture alone: the decoder gets no caption, but what to lead away from."""
+    options = {"size": 16, "output_type": "pt", "guidance_scale": 3.0, "prior_guidance_scale": 1.0}
+    picture = Image.radial_gradient("L").convert("RGB")
+    for given in ({"prompt": f"{CAPTION}:1.5 | {OTHER}"}, {"image": picture}):
+        plain, away = (pipe(**given, **options, negative_prompt=negative) for negative in (None, "a small house"))
+        assert torch.equal(away.image_embeds, plain.image_embeds)
+        assert not torch.allclose(away.images, plain.images, atol=1e-2)
+    with pytest.raises(ValueError, match="guidance scale above 1"):  # the prior, which is guided, is not asked
+        pipe(image=picture, negative_prompt="stars", guidance_scale=1.0, prior_guidance_scale=2.0)
+
+
+def test_its_halves_are_the_embedding_alone_and_the_negative_prompt_alone(pipe: UnCLIP) -> None:
+    z_i, text = torch.nn.functional.normalize(torch.linspace(-1, 2, 16), dim=0)[None], pipe.encode_text([OTHER])
+
+    def drawn(scale: float, negative: str | None = None, z=z_i, text=None) -> torch.Tensor:
+        return pipe.decode(z, text, [6], pipe.settings(guidance_scale=scale)["decoder"], negative=negative)
+
+    assert torch.allclose(drawn(0.0, OTHER), drawn(1.0, z=None, text=text), atol=1e-4)
+    assert torch.allclose(drawn(1 + 1e-6, OTHER), drawn(1.0), atol=1e-3)
+    assert not torch.allclose(drawn(0.0, OTHER), drawn(0.0), atol=1e-2)
+
+
 def test_the_best_of_one_is_the_one_and_the_best_of_more_is_drawn_by_its_seed(pipe: UnCLIP) -> None:
     plain = pipe(CAPTION, 2, seed=3, size=16)
     one = pipe(CAPTION, 2, seed=3, size=16, best_of=1)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from prior.diffusion_prior import best_of
+from unclip.core.sampling import guided, picture_generators, sample, starting_noise
 from unclip.pipeline import UnCLIP
 from unclip.presets import StageSettings, read_presets, write_presets
 from unclip.stages import encode_rows
@@ -70,6 +72,37 @@ def test_what_pictures_of_a_prompt_share_is_computed_once(fresh: UnCLIP) -> None
     torch.testing.assert_close(context.prefix[0].k, whole.prefix[0].k, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(context.prefix[1].v, whole.prefix[1].v, atol=1e-5, rtol=1e-4)
     assert torch.equal(context.mask, whole.mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("streams", [False, True])
+@torch.no_grad()
+def test_all_draws_of_a_prompt_have_one_prefix_and_noise_of_their_own(
+    fresh: UnCLIP, streams: bool, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are as if each draw were a run of its own; streams: generators in place of seeds, which run on."""
+    net, seeds = fresh.prior, [3, 4, 5]
+    settings = replace(fresh.settings()["prior"], draws=3, guidance_scale=scale)
+    text = fresh.encode_text([PROMPTS[0], *PROMPTS])
+    condition = {"z_t": text.z_t, "text": text.states, "text_mask": text.mask}
+    null = net.encode_context(**condition, drop_text=torch.ones(3, dtype=torch.bool))
+    denoise = guided(net, net.encode_context(**condition), null, scale)
+    own, drawn = [torch.Generator().manual_seed(seed) for seed in seeds], []
+    for name in ("prior", "prior-2", "prior-3"):
+        generators = own if streams else picture_generators(seeds, name)
+        x_T = starting_noise((16,), generators)
+        drawn.append(sample(denoise, fresh.sampler("prior", settings), x_T, settings.steps, generators))
+    z_i = torch.nn.functional.normalize(net.unstandardize(torch.stack(drawn)), dim=-1)
+    expected = best_of(z_i, text.z_t)
+    assert len({int(i) for i in (z_i * text.z_t).sum(-1).argmax(0)}) > 1  # not always the same draw
+
+    encode, encoded = net.encode_context, []
+    net.encode_context = lambda **rows: encoded.append(len(rows["z_t"])) or encode(**rows)
+    monkeypatch.setitem(fresh.batch_size, "prior", 2)
+    fresh._null_contexts.clear()
+    got = fresh.sample_z_i(text, [torch.Generator().manual_seed(s) for s in seeds] if streams else seeds, settings)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert encoded == ([1, 1] if scale == 1 else [1, 1, 1])  # a prompt of each of two batches; no prompt
 
 
 def test_guidance_within_an_interval(fresh: UnCLIP) -> None:

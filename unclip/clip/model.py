@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from unclip.clip.tokenizer import BOS, EOS, PAD, build_tokenizer, prune_wordpieces
+from unclip.core.files import loading, one_line
 
 MAX_LOG_SCALE = math.log(100.0)
 NO_IMAGE_TOWER = "this model's CLIP has no image encoder; give z_i, or take a model that has one."
@@ -178,15 +179,18 @@ class CLIP(nn.Module):
             for folder in (model_name, tokenizer_name):
                 if not any((Path(folder) / f).is_file() for f in ("config.json", "tokenizer_config.json")):
                     raise FileNotFoundError(f"{folder} holds no CLIP; give a folder with clip/ and tokenizer/ in it.")
+            with loading(model_name, "CLIP"):
+                config = AutoConfig.from_pretrained(model_name)
         elif not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model_name):
             raise FileNotFoundError(f"there is no CLIP folder {model_name}: train one first, or give a hub name.")
-        try:
-            config = AutoConfig.from_pretrained(model_name)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise FileNotFoundError(
-                f"the CLIP {model_name!r} is no folder here and could not be fetched from the hub ({reason})."
-            ) from error
+        else:
+            try:
+                config = AutoConfig.from_pretrained(model_name)
+            except OSError as error:
+                reason = one_line(error)
+                raise FileNotFoundError(
+                    f"the CLIP {model_name!r} is no folder here and could not be fetched from the hub ({reason})."
+                ) from error
         kinds: dict[type, Any] = {
             CLIPConfig: CLIPModel,
             CLIPTextConfig: CLIPTextModelWithProjection,
@@ -195,13 +199,11 @@ class CLIP(nn.Module):
         kind = next((kinds[of] for of in kinds if isinstance(config, of)), None)
         if kind is None:
             raise ValueError(f"{name_or_folder} is a {config.model_type!r} model, expected a CLIP; choose another one.")
-        try:
+        with loading(model_name, "CLIP"):
             model = kind.from_pretrained(model_name, dtype=dtype)
             processor = CLIPImageProcessorPil.from_pretrained(model_name)
+        with loading(tokenizer_name, "CLIP's tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-        except Exception as error:  # safetensors and tokenizers have kinds of their own
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ValueError(f"the CLIP {model_name} does not load ({reason}); train or fetch it again.") from error
         return cls(model, tokenizer, processor).eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_size: str = "5GB"):

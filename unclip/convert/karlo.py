@@ -32,7 +32,7 @@ from unclip.convert import karlo_configs as configs
 from unclip.convert import karlo_keys as keys
 from unclip.core.files import whole_folder
 from unclip.folder import INDEX, find_model, load_component, one_line, read_header
-from unclip.presets import KARLO
+from unclip.presets import KARLO, KARLO_FAST
 from upsamplers.upsampler import Upsampler
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def load(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         parts[ours] = _load_network(Upsampler, arguments, keys.upsampler_keys, {"": folder / theirs}, dtype)
     for ours, theirs in (("decoder", "decoder"), ("upsampler_256", "super_res")):
         parts[f"{ours}_scheduler"] = _load_scheduler(f"{ours}_scheduler", folder / f"{theirs}_scheduler")
-    presets = {"karlo": KARLO, "default": KARLO}
+    presets = {"karlo": KARLO, "default": KARLO, "fast": KARLO_FAST, "paper": None}  # it is not the paper's model
     return {**parts, "clip": load_clip(folder, dtype), "presets": presets, "license": LICENSE, "unit_norm": False}
 
 

@@ -27,8 +27,11 @@ INPUT = "unet.input.weight"
 
 
 def export(model: Any, folder: Path) -> None:
-    """Writes a network's or scheduler's own folder (its `save_pretrained`) to `folder`, whole or not at all."""
-    with whole_folder(folder) as partial:
+    """Writes a network's or scheduler's own folder (its `save_pretrained`) to `folder`, whole or not at all.
+
+    Raises OSError where it cannot be written.
+    """
+    with _writing(folder), whole_folder(folder) as partial:
         model.save_pretrained(partial)
 
 
@@ -87,16 +90,20 @@ def start_from(model: Any, folder: str | None) -> None:
 
 
 def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: int, out: Path, keep: int) -> None:
-    """Writes the training state after `step` steps and removes all but the newest `keep`, half-written ones too."""
+    """Writes the training state after `step` steps and removes all but the newest `keep`, half-written ones too.
+
+    Raises OSError where it cannot be written; then nothing of it is left.
+    """
     final = out / "checkpoints" / f"step-{step:08d}"
     partial = final.with_name(final.name + ".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    if accelerator.is_main_process:
-        save_file({name: tensor.contiguous() for name, tensor in named_ema(model, ema).items()}, partial / EMA_FILE)
+    with _writing(final, partial):
+        accelerator.save_state(str(partial))
+        if accelerator.is_main_process:
+            save_file({name: tensor.contiguous() for name, tensor in named_ema(model, ema).items()}, partial / EMA_FILE)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         replace_folder(partial, final)
@@ -122,6 +129,23 @@ def load_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, out: P
     step = int(path.name.removeprefix("step-"))
     ema.optimization_step = step
     return step
+
+
+@contextlib.contextmanager
+def _writing(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Says in one sentence why `path` could not be written, and removes the folder `partial` where one is given."""
+    try:
+        yield
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):  # of a full disk torch raises the second
+            raise
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise OSError(
+            f"{path} could not be written ({reason}): if the disk is full, make room, then run this again, a training "
+            "with --resume."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -44,17 +44,24 @@ class TrainConfig:
 def parse(config_class: type[Config], args: Sequence[str] | None = None) -> Config:
     """Reads a stage's config from `--config FILE`, with `--any.field value` overrides and `--resume`.
 
-    `config_class` is a dataclass with a field `train: TrainConfig`. `--print_config` prints what would be used.
+    `config_class` is a dataclass with a field `train: TrainConfig`. `--print_config` prints what would be used. In an
+    option's name a dash is as good as an underscore.
     """
     parser = ArgumentParser(description=config_class.__doc__)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe, YAML")
     parser.add_argument("--resume", action="store_true", help="go on from the newest training state")
     parser.add_class_arguments(config_class)
-    parsed = parser.parse_args(list(args) if args is not None else None)
+    parsed = parser.parse_args([underscored(word) for word in (sys.argv[1:] if args is None else args)])
     values = parser.instantiate(parsed)
     config = config_class(**{f.name: values[f.name] for f in fields(config_class)})  # pyright: ignore
     config.train.resume = config.train.resume or parsed.resume  # pyright: ignore[reportAttributeAccessIssue]
     return config
+
+
+def underscored(word: str) -> str:
+    """A word of a command line, underscores for dashes in its name where it is an option."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def main(config_class: type[Config], run: Callable[[Config], object], args: Sequence[str] | None = None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from unclip.core.files import whole_file
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 * 1024 * 1024
@@ -211,12 +213,10 @@ def read_index(shard: str | Path) -> dict[str, dict[str, tuple[int, int]]]:
     shard = Path(shard)
     beside, stat = shard.with_name(shard.name + ".index.json"), shard.stat()
     stamp = [stat.st_size, stat.st_mtime_ns]
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(beside.read_text())
         if stored["stamp"] == stamp:
             return stored["members"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -228,12 +228,8 @@ def read_index(shard: str | Path) -> dict[str, dict[str, tuple[int, int]]]:
                     members.setdefault(key, {})[suffix] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"The shard {shard} is damaged ({error}): build or copy it again.") from None
-    partial = beside.with_name(f"{beside.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps({"stamp": stamp, "members": members}))
-        partial.replace(beside)
-    except OSError:  # a read-only corpus works without a stored index
-        partial.unlink(missing_ok=True)
+    with suppress(OSError), whole_file(beside) as aside:  # a read-only corpus works without a stored index
+        aside.write_text(json.dumps({"stamp": stamp, "members": members}))
     return members
 
 

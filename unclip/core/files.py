@@ -1,4 +1,7 @@
-"""Whole or not at all: folders and files are written under another name, then renamed. Loads no torch."""
+"""Whole or not at all: folders and files are written under another name, then renamed. Loads no torch.
+
+And what does not load, in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +46,14 @@ def whole_folder(folder: Path, mark: str | None = None) -> Iterator[Path]:
     if mark is not None:
         check_replaceable(folder, mark)
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        replace_folder(partial, folder)
-    finally:
+    with _folder_for(partial):
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            replace_folder(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -58,16 +62,45 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Makes the folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _folder_for(aside):
+        try:
+            yield aside
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _folder_for(path: Path) -> Iterator[None]:
+    """Makes the folders that lead to `path`; those it made go where the block fails and nothing else came into them."""
+    made = [folder for folder in path.parents if not folder.exists()]  # innermost first
     try:
-        yield aside
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def write_json(value: Any, path: Path) -> None:
     """Readable JSON, UTF-8, ending in a newline."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def loading(folder: str | Path, kind: str) -> Iterator[None]:
+    """Makes any error of the block a ValueError in one sentence that names the folder, and what it should hold."""
+    try:
+        yield
+    except Exception as error:  # safetensors and tokenizers have kinds of their own
+        raise ValueError(f"{folder} does not load as {kind} ({one_line(error)}); fetch or make it again.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's first sentence without its full stop, at most 240 characters."""
+    text = " ".join(str(error).split()).partition(". ")[0].rstrip(".") or type(error).__name__
+    return text if len(text) <= 240 else text[:239] + "…"

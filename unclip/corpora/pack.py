@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def pack(
                     encoded = encode_webp(picture)
                 except (ValueError, OSError) as error:
                     log.warning("left out: %s", error)
-                    skipped.append(str(file.relative_to(path)))
+                    skipped.append(os.path.relpath(file, path))
                     continue
                 kept = {name: meta[name] for name in FIELDS if name in meta}
                 writer.add(f"{i:08d}", encoded, {"captions": captions, "split": _split(meta, split), **kept})

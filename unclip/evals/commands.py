@@ -127,7 +127,7 @@ def inversion(
     json_file: Json = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG of pictures beside their reconstructions.")] = None,
     device: Devices = Device.auto,
-    dtype: DTypes = DType.auto,
+    dtype: DTypes = DType.fp32,
 ) -> None:
     """How well pictures come back from (z_i, x_T), by the number of steps, and what either half alone gives."""
     from unclip.pictures import check_file
@@ -151,11 +151,12 @@ def variations(
     corpus: EmojiCorpus = CORPUS,
     split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
     count: Annotated[int, typer.Option(help="How many drawings, and pairs of them.")] = 50,
+    seeds: Annotated[int, typer.Option(help="How many variations of each drawing.")] = 2,
     steps: Annotated[int, typer.Option(help="The decoder's.")] = 100,
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Json = None,
     device: Devices = Device.auto,
-    dtype: DTypes = DType.auto,
+    dtype: DTypes = DType.fp32,
 ) -> None:
     """How often variations keep the concept, and how evenly interpolations go, judged by EfficientNet's features."""
     from unclip.pictures import check_file
@@ -165,7 +166,7 @@ def variations(
 
     quiet_libraries()
     with closing(Bars()) as bars:
-        figures = evaluate(model, corpus, split, count, steps, seed, json_file, device.value, dtype.value, bars)
+        figures = evaluate(model, corpus, split, count, seeds, steps, seed, json_file, device.value, dtype.value, bars)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -176,11 +177,12 @@ def inpainting(
     split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
     count: Annotated[int, typer.Option(help="How many drawings.")] = 50,
     size: Annotated[int, typer.Option(help="Side of the pictures.")] = 64,
+    given: Annotated[Path | None, typer.Option(help="The corpus at that size; else its drawings are scaled.")] = None,
     preset: Preset = "default",
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Json = None,
     device: Devices = Device.auto,
-    dtype: DTypes = DType.auto,
+    dtype: DTypes = DType.fp32,
 ) -> None:
     """What inpainting keeps, how steep its seam is and what it draws, beside pasting."""
     from unclip.pictures import check_file
@@ -190,7 +192,9 @@ def inpainting(
 
     quiet_libraries()
     with closing(Bars()) as bars:
-        figures = evaluate(model, corpus, split, count, size, preset, seed, json_file, device.value, dtype.value, bars)
+        figures = evaluate(
+            model, corpus, split, count, size, given, preset, seed, json_file, device.value, dtype.value, bars
+        )
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -203,7 +207,7 @@ def edits(
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Json = None,
     device: Devices = Device.auto,
-    dtype: DTypes = DType.auto,
+    dtype: DTypes = DType.fp32,
 ) -> None:
     """How often a text diff changes what it names and leaves the rest, read by a program in the shapes world."""
     from unclip.pictures import check_file
@@ -226,11 +230,12 @@ def priors(
     steps: Annotated[list[int] | None, typer.Option(help="May be repeated; 16, 32 and 64 if left out.")] = None,
     guidance: Annotated[float | None, typer.Option(help="The priors' guidance scale, 1 for none.")] = None,
     limit: Annotated[int | None, typer.Option(help="Of each split the first so many pictures.")] = None,
+    count: Annotated[int, typer.Option(help="Of each split so many captions are decoded and judged too, or 0.")] = 300,
     json_file: Json = None,
     device: Devices = Device.auto,
     dtype: DTypes = DType.fp32,
 ) -> None:
-    """A model's priors and their samplers in one table: nearness to the pictures' embeddings, spread, time."""
+    """Priors and their samplers in one table: nearness to the pictures' embeddings, spread, concepts, time."""
     from unclip.pictures import check_file
 
     check_file(json_file, "--json")
@@ -239,7 +244,17 @@ def priors(
     quiet_libraries()
     with closing(Bars()) as bars:
         report = evaluate(
-            model, corpus, split or SPLITS, steps or STEPS, guidance, limit, json_file, device.value, dtype.value, bars
+            model,
+            corpus,
+            split or SPLITS,
+            steps or STEPS,
+            guidance,
+            limit,
+            count,
+            json_file,
+            device.value,
+            dtype.value,
+            bars,
         )
     typer.echo(table(report))
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from unclip.arguments import DTYPES
 from unclip.core.data import to_pixels
 from unclip.core.files import write_json
 from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
@@ -30,6 +31,7 @@ from unclip.evals.sheets import check_suffix, contact_sheet, nearest, save_sheet
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
     from unclip.pipeline import UnCLIP
+    from unclip.presets import StageSettings
 
 SPLITS = ("train", "test-pair")
 CONDITIONS = ("prior", "ar", "true_z_i", "text", "caption")
@@ -243,6 +245,11 @@ def trained_concepts(folder: str | Path) -> set[str] | None:
     return {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
 
 
+def dtype_of(pipe: UnCLIP) -> str:
+    """The dtype that a pipeline computes in: "fp32", "bf16" or "fp16"."""
+    return next(name for name, dtype in DTYPES.items() if dtype == pipe.decoder.dtype)
+
+
 def generator_of(
     pipe: UnCLIP,
     corpus: Corpus,
@@ -250,12 +257,13 @@ def generator_of(
     preset: str = "default",
     guidance_scale: float | None = None,
     callback: Callback | None = None,
+    prior: StageSettings | None = None,
 ) -> Generate:
     """A pipeline's decoded pictures as a `Generate`, at the corpus's size, by what the decoder is given.
 
     condition: "prior", the whole way; "ar", the same by the autoregressive prior; "true_z_i", the embedding of the
     real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1); "caption", the text without any
-    z_i. Raises ValueError for another condition or an unknown preset.
+    z_i. prior: its settings, in place of the preset's. Raises ValueError for another condition or an unknown preset.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
@@ -265,7 +273,7 @@ def generator_of(
         text = pipe.encode_text(captions)
         seeds = [draw.seed for draw in draws]
         if condition in ("prior", "ar"):
-            z_i = pipe.sample_z_i(text, seeds, settings["prior"], callback)
+            z_i = pipe.sample_z_i(text, seeds, prior or settings["prior"], callback)
         elif condition == "true_z_i":
             z_i = pipe.encode_image(to_pixels(corpus.pictures([draw.drawing.index for draw in draws])))
         else:
@@ -283,10 +291,10 @@ def nearest_sheet(
     near = [rows[i] for i in nearest(features, corpus_features(corpus)[rows]).tolist()]
     cells = list(zip(to_images(pictures), to_images(corpus.pictures(near)), strict=True))
     labels = [
-        f"{draw.drawing.caption} → {corpus.drawings[i].concept} ({corpus.drawings[i].style})"
+        f"{draw.drawing.caption}: nearest {corpus.drawings[i].concept} ({corpus.drawings[i].style})"
         for draw, i in zip(draws, near, strict=True)
     ]
-    title = "left: generated, right: nearest training drawing (judge's features); caption → that drawing"
+    title = "left: generated, right: nearest training drawing (judge's features); caption: nearest that drawing"
     return contact_sheet(cells, labels, columns=10, side=64, title=title)
 
 
@@ -320,7 +328,8 @@ def evaluate(
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     generate = generator_of(pipe, real, condition, preset, guidance_scale, callback)
     figures, draws, pictures, features = measure(generate, real, split, count, trained, seed)
-    figures = {"model": name, "preset": preset, "condition": condition, "guidance_scale": guidance_scale} | figures
+    settings = {"preset": preset, "condition": condition, "guidance_scale": guidance_scale}
+    figures = {"model": name, "dtype": dtype_of(pipe), **settings, **figures}
     if json_path is not None:
         write_json(figures, Path(json_path))
     if sheet is not None:

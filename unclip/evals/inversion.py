@@ -2,7 +2,8 @@
 
 A picture is inverted to (z_i, x_T) and decoded at η = 0. Two controls say what each half carries: x_T with another
 picture's z_i, and z_i with a random x_T. A third says how near x_T is to noise: its mean, variance and the correlation
-of neighbouring pixels, beside a normal's. The last is another picture in the picture's place.
+of neighbouring pixels, beside a normal's. The last is another picture in the picture's place. Drawings are held out;
+those of concepts that the model was trained on are told from the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from unclip.core.data import pil_from_pixels
 from unclip.core.files import write_json
 from unclip.core.sampling import picture_generators, starting_noise
-from unclip.evals.concepts import trained_concepts
+from unclip.evals.concepts import dtype_of, trained_concepts
 from unclip.evals.corpus import Drawing, load_corpus
 from unclip.evals.sheets import check_suffix, contact_sheet, save_sheet, to_images
 from unclip.sources import ddim_settings
@@ -67,14 +68,22 @@ def measure(
     guidance_scale: float = 1.0,
     seed: int = 0,
     callback: Callback | None = None,
+    trained: Sequence[bool] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The table of n ≥ 2 square pictures, and the pictures it was measured on, (n, 3, s, s) by name."""
+    """The table of n ≥ 2 square pictures, and the pictures it was measured on, (n, 3, s, s) by name.
+
+    trained: whether each is of a concept that the model knows; reconstructions of either group have a row then.
+    """
     from unclip.sources import on_white
 
     side = pipe.sizes[0]
     x0 = torch.cat([on_white(picture, side) for picture in pictures])
     seeds = list(range(seed, seed + len(x0)))
     noise = starting_noise((3, side, side), picture_generators(seeds, "decoder"))
+    groups: dict[str, Tensor] = {}
+    if trained is not None:
+        known = torch.tensor(list(trained))
+        groups = {"of_trained_concepts": known, "of_other_concepts": ~known}
     table: dict[str, Any] = {"another_picture": summary(psnr(x0.roll(1, 0), x0)), "normal": noise_statistics(noise)}
     drawn, controls = {"picture": x0}, {}
     for count in steps:
@@ -89,6 +98,8 @@ def measure(
             name: pipe.decode(z_i, None, seeds, settings, callback, x_T).cpu() for name, (z_i, x_T) in runs.items()
         }
         table[str(count)] = {name: summary(psnr(x, x0)) for name, x in results.items()}
+        found = psnr(results["reconstruction"], x0)
+        table[str(count)] |= {name: summary(found[rows]) for name, rows in groups.items() if rows.any()}
         table[str(count)]["x_T"] = noise_statistics(latent.x_T)
         drawn[f"{count} steps"] = results.pop("reconstruction")
         controls = results
@@ -96,10 +107,10 @@ def measure(
 
 
 def summary(values: Tensor) -> dict[str, float]:
-    """Mean, standard deviation and least of values (n,)."""
+    """Mean, standard deviation (0 of a single one) and least of values (n,), n ≥ 1."""
     return {
         "mean": round(float(values.mean()), 2),
-        "std": round(float(values.std()), 2),
+        "std": round(float(values.std()), 2) if len(values) > 1 else 0.0,
         "least": round(float(values.min()), 2),
     }
 
@@ -120,8 +131,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """`unclip evals inversion`: the table of a model (None: the embedded one) on held-out drawings.
 
-    sheet: the first drawings, each beside its reconstructions and the two controls. Raises ValueError,
-    FileNotFoundError.
+    A model inverts drawings of any concept, so all of the split may be chosen. sheet: the first drawings, each beside
+    its reconstructions and the two controls. Raises ValueError, FileNotFoundError.
     """
     from unclip.folder import find_model
     from unclip.pipeline import UnCLIP
@@ -130,10 +141,13 @@ def evaluate(
     if sheet is not None:
         check_suffix(sheet)
     real = load_corpus(corpus, (split,))
-    rows = choose(real.drawings, count, trained_concepts(folder), seed)
+    rows, concepts = choose(real.drawings, count, seed=seed), trained_concepts(folder)
+    trained = None if concepts is None else [real.drawings[row].concept in concepts for row in rows]
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    table, drawn = measure(pipe, to_images(real.pictures(rows)), steps, guidance_scale, seed, callback)
-    figures = {"model": name, "split": split, "count": count, "seed": seed, "guidance_scale": guidance_scale} | table
+    table, drawn = measure(pipe, to_images(real.pictures(rows)), steps, guidance_scale, seed, callback, trained)
+    figures: dict[str, Any] = {"model": name, "dtype": dtype_of(pipe), "split": split, "count": count}
+    figures |= {"drawings_of_trained_concepts": None if trained is None else sum(trained)}
+    figures |= {"seed": seed, "guidance_scale": guidance_scale, **table}
     if json_path is not None:
         write_json(figures, json_path)
     if sheet is not None:

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from unclip.core.files import write_json
 from unclip.corpora.shapes import COLOURS, SHAPES, Scene, captions_of, draw, scenes
-from unclip.evals.concepts import Gallery, corpus_features, trained_concepts
+from unclip.evals.concepts import Gallery, corpus_features, dtype_of, trained_concepts, wilson
 from unclip.evals.corpus import SIDE, Corpus, load_corpus, to_bytes
 from unclip.evals.features import Featurize, Judge
 from unclip.evals.inversion import choose
@@ -28,6 +27,7 @@ from unclip.evals.sheets import to_images
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
     from unclip.pipeline import UnCLIP
+    from unclip.sources import Source
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 FRAMES = 9
@@ -46,59 +46,92 @@ def rank_correlation(values: Sequence[float]) -> float:
     return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
 
 
+def reconstructions(pipe: UnCLIP, sources: Sequence[Source], **options: Any) -> Tensor:
+    """What η = 0 draws of n pictures or latents, all at the one seed, (n, 3, size, size) in [−1, 1]."""
+    return torch.cat([cast(Tensor, pipe.vary(s, 1, 0.0, output_type="pt", **options).images) for s in sources])
+
+
 def measure_variations(
     pipe: UnCLIP,
-    pictures: Sequence[Image.Image],
+    sources: Sequence[Source],
+    again: Tensor,
     index: Sequence[int],
     gallery: Gallery,
     featurize: Featurize,
     eta: float = 1.0,
+    seeds: int = 2,
     **options: Any,
 ) -> dict[str, Any]:
     """How often a reconstruction and a variation are nearest to the picture's concept, and the second given the first.
 
-    index: each picture's row in the gallery, which is left out of its concept's mean.
+    sources: n pictures or latents; again (n, 3, h, w): their reconstructions; index: each one's row in the gallery,
+    which is left out of its concept's mean; seeds: how many variations of each. `kept`: the share of right ones among
+    the `of` variations of those `drawings` whose reconstruction is right, None where there are none, and its 95 %
+    interval (Wilson's, at the number of drawings).
     """
-    seed, hits = options.pop("seed", 0), {}
-    for name, amount in (("reconstructions", 0.0), ("variations", eta)):
-        drawn = [pipe.vary(p, 1, amount, seed=seed + i, output_type="pt", **options) for i, p in enumerate(pictures)]
-        features = featurize(to_bytes(torch.cat([cast(Tensor, result.images) for result in drawn])))
-        hits[name] = gallery.ranks(features, torch.tensor(list(index)))
-    figures: dict[str, Any] = {"count": len(pictures), "eta": eta}
+    first, rows = options.pop("seed", 0), torch.tensor(list(index))
+    drawn = [
+        cast(Tensor, pipe.vary(source, seeds, eta, seed=first + i * seeds, output_type="pt", **options).images)
+        for i, source in enumerate(sources)
+    ]
+    before = gallery.ranks(featurize(to_bytes(again)), rows)
+    after = gallery.ranks(featurize(to_bytes(torch.cat(drawn))), rows.repeat_interleave(seeds)).view(-1, seeds)
+    figures: dict[str, Any] = {"count": len(sources), "seeds": seeds, "eta": eta}
     for k in (1, 5):
-        right, still = hits["reconstructions"] < k, hits["variations"] < k
+        right, still = before < k, after < k
+        drawings = int(right.sum())
+        rate = float(still[right].float().mean()) if drawings else None
         figures[f"top{k}"] = {
             "reconstructions": round(float(right.float().mean()), 4),
             "variations": round(float(still.float().mean()), 4),
-            "kept": round(float((right & still).sum() / right.sum().clamp(min=1)), 4),
+            "kept": None if rate is None else round(rate, 4),
+            "kept_interval": None if rate is None else wilson(rate, drawings),
+            "of": drawings * seeds,
+            "drawings": drawings,
         }
     return figures
 
 
 def measure_interpolations(
     pipe: UnCLIP,
-    pairs: Sequence[tuple[Image.Image, Image.Image]],
+    sources: Sequence[Source],
+    again: Tensor,
+    real: Tensor,
     featurize: Featurize,
     centre: Tensor,
     frames: int = FRAMES,
     **options: Any,
 ) -> dict[str, Any]:
-    """Rank correlation of position with how much nearer to the last frame than to the first the features are.
+    """How evenly pictures go from each source to the next, and from the last to the first.
 
-    centre (d,): what is taken off all features, the corpus's mean.
+    `difference`, the rank correlation of feature similarity with the position: Spearman's, of a frame's place with the
+    cosine of its features to those of the real picture at the end, less the cosine to those of the one at the start.
+    `end`: the same of the first cosine alone; `start`: of the second, negated. `ends_error`: how far frames at the ends
+    are from the sources' reconstructions at most, of values in [−1, 1].
+
+    sources: n pictures or latents; again (n, 3, h, w): their reconstructions at the same seed; real (n, d): features
+    of the real pictures; centre (d,): what is taken off all features, the corpus's mean.
     """
-    correlations = []
-    for a, b in pairs:
-        x = cast(Tensor, pipe.interpolate(a, b, frames, output_type="pt", **options).images)
+    toward, error = F.normalize(real - centre, dim=-1), 0.0
+    found: dict[str, list[float]] = {"difference": [], "end": [], "start": []}
+    for i in range(len(sources)):
+        j = (i + 1) % len(sources)
+        x = cast(Tensor, pipe.interpolate(sources[i], sources[j], frames, output_type="pt", **options).images)
+        error = max(error, float((x[[0, -1]] - again[[i, j]]).abs().max()))
         f = F.normalize(featurize(to_bytes(x)) - centre, dim=-1)
-        correlations.append(rank_correlation((f @ f[-1] - f @ f[0]).tolist()))
-    values = torch.tensor(correlations)
+        to_end, to_start = f @ toward[j], f @ toward[i]
+        for name, values in (("difference", to_end - to_start), ("end", to_end), ("start", -to_start)):
+            found[name].append(rank_correlation(values.tolist()))
+    figures = {name: correlations(values) for name, values in found.items()}
+    return {"pairs": len(sources), "frames": frames, **figures, "ends_error": float(f"{error:.3g}")}
+
+
+def correlations(values: Sequence[float]) -> dict[str, float]:
+    """Mean and least of correlations, and the share of those that are even enough."""
     return {
-        "pairs": len(pairs),
-        "frames": frames,
-        "mean": round(float(values.mean()), 4),
-        "least": round(float(values.min()), 4),
-        f"at_least_{EVEN}": round(float((values >= EVEN).float().mean()), 4),
+        "mean": round(float(np.mean(values)), 4),
+        "least": round(min(values), 4),
+        f"at_least_{EVEN}": round(float(np.mean([value >= EVEN for value in values])), 4),
     }
 
 
@@ -121,6 +154,7 @@ def evaluate(
     corpus: str | Path = "corpora/emoji-64",
     split: str = "test-pair",
     count: int = 50,
+    seeds: int = 2,
     steps: int = 100,
     seed: int = 0,
     json_path: Path | None = None,
@@ -130,25 +164,25 @@ def evaluate(
 ) -> dict[str, Any]:
     """`unclip evals variations`: both measures of a model (None: the embedded one) on held-out drawings.
 
-    count: drawings that are varied, and pairs of successive ones. Raises ValueError, FileNotFoundError.
+    count: drawings that are varied, and pairs of successive ones; seeds: variations of each drawing. Raises ValueError,
+    FileNotFoundError.
     """
     from unclip.folder import find_model
     from unclip.pipeline import UnCLIP
 
+    if seeds < 1:
+        raise ValueError(f"seeds={seeds} came; ask for at least one variation of each drawing.")
     folder, name = find_model(model)
     real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed)
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    pictures = to_images(real.pictures(rows))
+    latents = pipe.invert(to_images(real.pictures(rows)), steps, callback=callback)
+    sources = [latents.row(i) for i in range(count)]
     options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
-    pairs = list(zip(pictures, [*pictures[1:], pictures[0]], strict=True))
-    figures = {
-        "model": name,
-        "split": split,
-        "steps": steps,
-        "seed": seed,
-        "variations": measure_variations(pipe, pictures, rows, gallery, judge, **options),
-        "interpolations": measure_interpolations(pipe, pairs, judge, gallery.centre, **options),
-    }
+    again = reconstructions(pipe, sources, **options)
+    varied = measure_variations(pipe, sources, again, rows, gallery, judge, seeds=seeds, **options)
+    ways = measure_interpolations(pipe, sources, again, gallery.features[rows], judge, gallery.centre, **options)
+    figures = {"model": name, "dtype": dtype_of(pipe), "split": split, "steps": steps, "seed": seed}
+    figures |= {"variations": varied, "interpolations": ways}
     if json_path is not None:
         write_json(figures, json_path)
     return figures
@@ -235,7 +269,7 @@ def evaluate_edits(
         raise ValueError(f"count={count} came; give at least 2, half to change their colour and half their shape.")
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
-    figures = {"model": pipe.model_name, "steps": steps, "seed": seed}
+    figures = {"model": pipe.model_name, "dtype": dtype_of(pipe), "steps": steps, "seed": seed}
     figures |= measure_edits(pipe, choose_edits(count, seed), strengths, **options)
     if json_path is not None:
         write_json(figures, json_path)

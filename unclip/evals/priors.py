@@ -1,4 +1,5 @@
-"""A model's priors and their samplers side by side: how near, how varied and how quick the embeddings they draw are."""
+"""A model's priors and their samplers side by side: how near, how varied and how quick their embeddings are, and what
+pictures decoded from them show."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from prior.evaluate import compare, true_embeddings
 from unclip.core.data import DataConfig, ShardDataset
 from unclip.core.files import write_json
+from unclip.evals import concepts
+from unclip.evals.corpus import load_corpus
+from unclip.evals.features import Judge
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
@@ -22,7 +26,10 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "test-pair")
 STEPS = (16, 32, 64)
+COUNT = 300
 SHOWN = ("cosine", "cosine_shuffled", "top1", "spread", "frechet", "milliseconds")
+JUDGED = ("top1", "top5")
+KEPT = ("count", "drawings", "generated", "ceiling", "floor", "over_ceiling")  # of the concepts' figures
 
 
 def candidates(
@@ -67,6 +74,7 @@ def evaluate(
     steps: Sequence[int] = STEPS,
     guidance_scale: float | None = None,
     limit: int | None = None,
+    count: int = COUNT,
     json_path: str | Path | None = None,
     device: str | None = None,
     dtype: DTypeName | None = None,
@@ -74,35 +82,53 @@ def evaluate(
 ) -> dict[str, Any]:
     """`unclip evals priors`: {"parameters": …, "rows": {row: {split: figures}}}, also written to `json_path`.
 
-    limit: of pictures a split, the first so many of the concepts the model was trained on. Raises ValueError,
-    FileNotFoundError.
+    limit: of pictures a split, the first so many of the concepts the model was trained on. count: of captions a split,
+    how many are decoded, from the diffusion prior as the default preset draws and from the autoregressive one; figures
+    of their rows then have "decoded", what `unclip evals concepts` says of these pictures. 0 decodes none. Raises
+    ValueError, FileNotFoundError.
     """
+    from unclip.arguments import choose_device
     from unclip.folder import find_model
     from unclip.pipeline import UnCLIP
 
     folder, name = find_model(model)
-    concepts = folder / "concepts.txt"
-    only = str(concepts) if concepts.is_file() else None
+    trained = concepts.trained_concepts(folder)
+    only = None if trained is None else str(folder / "concepts.txt")
+    if count < 0:
+        raise ValueError(f"count={count} came; give how many captions to decode, 0 for none.")
+    real = load_corpus(corpus)
+    for split in splits if count else ():
+        concepts.choose(real.drawings, split, count, trained)  # bad arguments are named before the networks load
     datasets = {s: ShardDataset(DataConfig(str(corpus), s, concepts=only, limit=limit)) for s in splits}
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    rows = {
-        row: {split: measure(pipe, dataset, settings, callback) for split, dataset in datasets.items()}
-        for row, settings in candidates(pipe, steps, guidance_scale).items()
-    }
     networks = {"diffusion": pipe.prior, "autoregressive": pipe.prior_ar}
     parameters = {row: sum(p.numel() for p in net.parameters()) for row, net in networks.items() if net is not None}
-    report = {"model": name, "guidance_scale": guidance_scale, "parameters": parameters, "rows": rows}
-    if json_path is not None:
-        write_json(report, Path(json_path))
+    rows: dict[str, dict[str, Any]] = {}
+    report = {"model": name, "dtype": concepts.dtype_of(pipe), "guidance_scale": guidance_scale}
+    report |= {"parameters": parameters, "rows": rows}
+    judge = Judge(choose_device(device)) if count else None
+    for i, (row, settings) in enumerate(candidates(pipe, steps, guidance_scale).items()):
+        rows[row] = {split: measure(pipe, dataset, settings, callback) for split, dataset in datasets.items()}
+        if judge is not None and (i == 0 or settings.solver == "ar"):
+            generate = concepts.generator_of(pipe, real, prior=settings, callback=callback)
+            for split, figures in rows[row].items():
+                decoded, *_ = concepts.measure(generate, real, split, count, trained, featurize=judge)
+                figures["decoded"] = {part: decoded[part] for part in KEPT}
+        if json_path is not None:  # what is measured is kept, should a later row not come to its end
+            write_json(report, Path(json_path))
     return report
 
 
 def table(report: dict[str, Any]) -> str:
-    """A report as Markdown: a row for each prior and sampler, a group of columns for each split."""
+    """A report as Markdown: a row for each prior and sampler, a group of columns for each split; –: not measured."""
     splits = list(next(iter(report["rows"].values())))
-    head = ["prior", "parameters", *(f"{split} {name.replace('_', ' ')}" for split in splits for name in SHOWN)]
+    columns = [*SHOWN, *(f"decoded {name}" for name in JUDGED)]
+    head = ["prior", "parameters", *(f"{split} {name.replace('_', ' ')}" for split in splits for name in columns)]
     lines = [head, ["---"] * len(head)]
     for row, by_split in report["rows"].items():
-        count = report["parameters"][row.split(",")[0]]
-        lines.append([row, f"{count:,}", *(str(by_split[split][name]) for split in splits for name in SHOWN)])
+        cells = [row, f"{report['parameters'][row.split(',')[0]]:,}"]
+        for figures in (by_split[split] for split in splits):
+            decoded = figures.get("decoded", {}).get("generated", {})
+            cells += [str(figures[name]) for name in SHOWN] + [str(decoded.get(name, "–")) for name in JUDGED]
+        lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

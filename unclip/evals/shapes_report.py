@@ -21,7 +21,7 @@ from torch import Tensor
 from unclip.core.data import pil_from_pixels, to_pixels
 from unclip.core.files import write_json
 from unclip.corpora.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw
-from unclip.evals.concepts import Draw, Generate, generator_of, run, wilson
+from unclip.evals.concepts import Draw, Generate, dtype_of, generator_of, run, wilson
 from unclip.evals.corpus import SIDE, Corpus, load_corpus
 from unclip.evals.shapes import Reading, read
 from unclip.evals.sheets import contact_sheet, save_sheet, to_images
@@ -175,7 +175,7 @@ def enlarge(pipe: UnCLIP, draws: Sequence[Draw], pictures: Tensor, preset: str, 
             {"file": path.name, "caption": wanted.drawing.caption, "read": reading._asdict() if reading else None}
         )
     cells = [[images[side][i] for side in x] for i in range(len(draws))]
-    title = " → ".join(f"{side} px" for side in x)
+    title = " to ".join(f"{side} px" for side in x)
     sheet = contact_sheet(cells, [draw.drawing.caption for draw in draws], columns=1, side=256, title=title)
     save_sheet(sheet, out / "sheet-sizes.png")
     return rows
@@ -213,6 +213,7 @@ def report(
     title = f"{count} captions, one draw each: the first half pairs seen in training, the second half held out"
     sheet = contact_sheet([[image] for image in to_images(pictures)], labels, columns=20, side=96, title=title)
     save_sheet(sheet, out / "sheet.png")
-    figures = {"model": pipe.model_name, "preset": preset, **figures, "minutes": minutes}
+    named = {"model": pipe.model_name, "dtype": dtype_of(pipe), "preset": preset}
+    figures = {**named, **figures, "minutes": minutes}
     write_json(figures, out / "report.json")
     return figures

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unclip.core.data import to_pixels
 from unclip.core.files import write_json
-from unclip.evals.concepts import Gallery, corpus_features, rates
+from unclip.evals.concepts import Gallery, corpus_features, dtype_of, rates
 from unclip.evals.corpus import Corpus, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge
 from unclip.evals.sheets import read_captions
@@ -164,6 +164,7 @@ def evaluate(
     judge = Judge(choose_device(device))
     figures = {
         "model": pipe.model_name,
+        "dtype": dtype_of(pipe),
         "count": len(words),
         "concepts": len({drawing.concept for drawing in real.drawings}),
         "template": template,

@@ -19,7 +19,16 @@ from torch import Tensor
 from unclip.clip.evaluate import evaluate as evaluate_clip
 from unclip.core.data import DataConfig, ShardDataset, to_pixels
 from unclip.core.files import write_json
-from unclip.evals.concepts import Draw, Generate, choose, corpus_features, generator_of, measure, trained_concepts
+from unclip.evals.concepts import (
+    Draw,
+    Generate,
+    choose,
+    corpus_features,
+    dtype_of,
+    generator_of,
+    measure,
+    trained_concepts,
+)
 from unclip.evals.corpus import SIDE, Corpus, corpus_at, load_corpus, to_bytes
 from unclip.evals.features import INCEPTION, JUDGE, Featurize, Inception, Judge, cached_features
 from unclip.evals.fidelity import NEIGHBOURS, fidelity
@@ -158,6 +167,7 @@ def evaluate(
     dataset = ShardDataset(DataConfig(str(corpus), split, concepts=str(concepts) if trained is not None else None))
     report: dict[str, Any] = {"model": name, "split": split, "count": count, "seed": seed, "preset": preset}
     report |= {
+        "dtype": dtype_of(pipe),
         "guidance_scale": guidance_scale,
         "clip": evaluate_clip(pipe.clip, dataset, sorted({drawing.concept for drawing in corpora[0].drawings})),
         "prior": measure_prior(pipe, dataset, settings["prior"], callback),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unclip.core.data import pil_from_pixels, pixels_from_pil, to_pixels
 from unclip.core.files import write_json
-from unclip.evals.concepts import trained_concepts
+from unclip.evals.concepts import dtype_of, trained_concepts
 from unclip.evals.corpus import Corpus, corpus_at, load_corpus
 from unclip.evals.inversion import choose, psnr, summary
 from unclip.evals.sheets import to_images
@@ -143,19 +143,21 @@ def evaluate(
 
     folder, name = find_model(model)
     check_fractions("strength", [strength])
-    trained = trained_concepts(folder)
-    choose(load_corpus(corpus, (split,)).drawings, count, trained, seed)  # bad arguments are named before networks load
+    choose(load_corpus(corpus, (split,)).drawings, count, seed=seed)  # bad arguments are named before networks load
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     sides = [side for side in pipe.sizes if side <= pipe.check_size(size)]
     if len(sides) < 2:
         raise ValueError(f"size {size!r} is the decoder's; give one of {', '.join(map(str, pipe.sizes[1:]))}.")
     settings = pipe.settings(preset)
     corpora = [load_corpus(corpus_at(corpus, sides[0], side), (split,), side) for side in sides]
-    rows = [choose(real.drawings, count, trained, seed) for real in corpora]  # the same drawings at each size
+    rows = [choose(real.drawings, count, seed=seed) for real in corpora]  # the same drawings at each size
+    concepts = trained_concepts(folder)
+    trained = None if concepts is None else sum(corpora[0].drawings[row].concept in concepts for row in rows[0])
     seeds = list(range(seed, seed + count))
     base = to_pixels(corpora[0].pictures(rows[0]))
     again = redrawn(pipe, corpora[0], rows[0], strength, seed, preset, callback)
-    report: dict[str, Any] = {"model": name, "split": split, "count": count, "seed": seed, "preset": preset}
+    report: dict[str, Any] = {"model": name, "dtype": dtype_of(pipe), "split": split, "count": count}
+    report |= {"drawings_of_trained_concepts": trained, "seed": seed, "preset": preset}
     report |= {"strength": strength, "redrawn": {"psnr": rounded(psnr(again, base), 2)}, "sizes": {}}
     for i, side in enumerate(sides[1:], 1):
         inputs = {"real": to_pixels(corpora[i - 1].pictures(rows[i - 1])), "redrawn": again}

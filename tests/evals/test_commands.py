@@ -1,0 +1,41 @@
+"""The command lines of `unclip evals`: what they measure in, and that figures are the file's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unclip.cli import main
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inversion", "--count", "4", "--steps", "2"),
+        ("variations", "--count", "2", "--steps", "2", "--seeds", "3"),
+        ("inpainting", "--count", "2", "--size", "256", "--given"),
+        ("edits", "--count", "2", "--steps", "2", "--strengths", "0,0.5"),
+    ],
+)
+def test_latents_are_measured_in_fp32_and_the_figures_say_so(
+    command: tuple[str, ...],
+    tiny_model: Path,
+    sized_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus = () if command[0] == "edits" else ("--corpus", sized_corpus)
+    large = (sized_corpus.with_name("tiny-256"),) if command[-1] == "--given" else ()
+    words = ("evals", *command, *large, *corpus, "--model", tiny_model, "--json", tmp_path / "figures.json")
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in (*words, "--device", "cpu")])
+    out, err = capsys.readouterr()
+    assert not caught.value.code, err
+    figures = json.loads(out)
+    assert figures["dtype"] == "fp32"
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    if command[0] == "variations":
+        assert figures["variations"]["seeds"] == 3
+        assert figures["interpolations"]["pairs"] == 2
+    if command[0] == "inpainting":
+        assert (figures["given"], figures["size"], figures["one walk"]["known"]) == ("tiny-256", 256, 1.0)
