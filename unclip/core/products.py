@@ -25,15 +25,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a·b. a: (…, n, c); b: (…, c, m), of the same leading axes. Returns (…, n, m)."""
-    n, c, m = a.shape[-2], a.shape[-1], b.shape[-1]
-    if n * c * m < 2 * WORTH or not by_onednn(a) or a.dtype != b.dtype or a.shape[:-2] != b.shape[:-2]:
-        return a @ b
-    pairs = zip(a.reshape(-1, n, c), b.mT.reshape(-1, m, c), strict=True)
-    return torch.stack([linear(x, y) for x, y in pairs]).view(*a.shape[:-1], m)
-
-
 def by_onednn(x: Tensor) -> bool:
     """Whether products of x are to be oneDNN's."""
     return bool(
