@@ -122,20 +122,22 @@ class Dalle2:
         net = DiffusionPriorNetwork(**sizes, max_text_len=CONTEXT_LENGTH)
         dropped = {"text_cond_drop_prob": 0.1, "image_cond_drop_prob": 0.1}  # else it refuses to guide
         self.net: Any = DiffusionPrior(net, image_embed_dim=width, timesteps=1000, **dropped)
-        self.net.to(device, dtype).eval()
+        self.net.to(device).eval()
         self.dtype, self.device = dtype, device
 
     @torch.no_grad()
     def prior(self, text: TextFeatures, steps: int, guidance_scale: float) -> Tensor:
         """z_i (b, d)."""
         condition = {
-            "text_embed": text.z_t.to(self.device, self.dtype),
-            "text_encodings": text.states.to(self.device, self.dtype),
+            "text_embed": text.z_t.to(self.device, torch.float32),
+            "text_encodings": text.states.to(self.device, torch.float32),
         }
-        # its grid of n steps makes n − 1 calls
-        return self.net.p_sample_loop(
-            tuple(text.z_t.shape), text_cond=condition, cond_scale=guidance_scale, timesteps=steps + 1
-        ).float()
+        # by autocast, as its noise and schedule are fp32 whatever its weights are
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            # its grid of n steps makes n − 1 calls
+            return self.net.p_sample_loop(
+                tuple(text.z_t.shape), text_cond=condition, cond_scale=guidance_scale, timesteps=steps + 1
+            ).float()
 
 
 def make_generators(seeds: Sequence[int]) -> Generators:
