@@ -68,7 +68,7 @@ def check_interval(interval: Any) -> tuple[int, int]:
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fast": {
         "prior": {"solver": "dpm++", "steps": 8, "guidance_scale": 1.0, "draws": 2},
-        "decoder": {"solver": "dpm++", "steps": 8, "guidance_scale": 2.0},
+        "decoder": {"solver": "dpm++", "steps": 6, "guidance_scale": 2.0},
         "upsampler_256": {"solver": "ddim", "steps": 3},
         "upsampler_1024": {"solver": "ddim", "steps": 1},
     },
