@@ -81,11 +81,11 @@ def test_all_draws_of_a_prompt_have_one_prefix_and_noise_of_their_own(
     fresh: UnCLIP, streams: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows are as if each draw were a run of its own; streams: generators in place of seeds, which run on."""
-    net, seeds = fresh.prior, [3, 4, 5]
+    net, seeds = fresh.prior, list(range(12))
     settings = replace(fresh.settings()["prior"], draws=3, guidance_scale=scale)
-    text = fresh.encode_text([PROMPTS[0], *PROMPTS])
+    text = fresh.encode_text([prompt for prompt in PROMPTS for _ in range(6)])
     condition = {"z_t": text.z_t, "text": text.states, "text_mask": text.mask}
-    null = net.encode_context(**condition, drop_text=torch.ones(3, dtype=torch.bool))
+    null = net.encode_context(**condition, drop_text=torch.ones(12, dtype=torch.bool))
     denoise = guided(net, net.encode_context(**condition), null, scale)
     own, drawn = [torch.Generator().manual_seed(seed) for seed in seeds], []
     for name in ("prior", "prior-2", "prior-3"):
@@ -94,11 +94,11 @@ def test_all_draws_of_a_prompt_have_one_prefix_and_noise_of_their_own(
         drawn.append(sample(denoise, fresh.sampler("prior", settings), x_T, settings.steps, generators))
     z_i = torch.nn.functional.normalize(net.unstandardize(torch.stack(drawn)), dim=-1)
     expected = best_of(z_i, text.z_t)
-    assert len({int(i) for i in (z_i * text.z_t).sum(-1).argmax(0)}) > 1  # not always the same draw
+    assert len({int(i) for i in (z_i * text.z_t).sum(-1).argmax(0)}) > 1  # by chance all the same in one of 3^11 models
 
     encode, encoded = net.encode_context, []
     net.encode_context = lambda **rows: encoded.append(len(rows["z_t"])) or encode(**rows)
-    monkeypatch.setitem(fresh.batch_size, "prior", 2)
+    monkeypatch.setitem(fresh.batch_size, "prior", 6)
     fresh._null_contexts.clear()
     got = fresh.sample_z_i(text, [torch.Generator().manual_seed(s) for s in seeds] if streams else seeds, settings)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
