@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,3 +204,45 @@ def karlo_difference(pipe, reference, steps: tuple[int, ...], seeds: list[int], 
 def karlo_difference_fixture() -> Callable[..., dict[str, float]]:
     """`karlo_difference`, for tests of several folders."""
     return karlo_difference
+
+
+class Answer(nn.Module):
+    """A network that answers what it is told, and keeps what it was asked."""
+
+    def __init__(self, answer: torch.Tensor):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+        self.asked.append({"x_t": x_t, "t": t, **conditions})
+        return self.answer
+
+
+@pytest.fixture(scope="session")
+def answering() -> type[Answer]:
+    return Answer
+
+
+@pytest.fixture(scope="session")
+def batch_of() -> Callable[..., dict[str, Any]]:
+    """Of a corpus, rows and a step: the batch that training would see."""
+    from unclip.core.data import DataConfig, Draws, ShardDataset, collate
+
+    def make(corpus: Path, rows: range, step: int = 0) -> dict[str, Any]:
+        dataset = ShardDataset(DataConfig(str(corpus)))
+        return {**collate([dataset[i] for i in rows]), "draws": Draws(0, step, rows)}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shown() -> Callable[..., torch.Tensor]:
+    """The channels of b random pictures of which half of the pixels are known, (b, 4, side, side)."""
+    from unclip.core.masks import known_channels
+
+    def make(b: int, side: int = 32) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        x0 = torch.rand(b, 3, side, side, generator=generator) * 2 - 1
+        return known_channels(x0, torch.rand(b, 1, side, side, generator=generator) < 0.5)
+
+    return make

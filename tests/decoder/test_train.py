@@ -85,7 +85,7 @@ def test_a_share_of_the_samples_is_noisy():
             steps(share, start)
 
 
-def test_noise_on_z_i_varies_as_the_embeddings_do(tiny_corpus: Path, clip: RememberedCLIP, rows):
+def test_noise_on_z_i_varies_as_the_embeddings_do(tiny_corpus: Path, clip: RememberedCLIP, rows, answering):
     config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, z_i_noise=0.5)
     z_i = clip.encode_image(to_pixels(rows["image"]))
     spread = embedding_spread(clip, ShardDataset(config.data), config)
@@ -100,7 +100,7 @@ def test_noise_on_z_i_varies_as_the_embeddings_do(tiny_corpus: Path, clip: Remem
     found = torch.cov(blurred.T)
     expected = across @ covariance @ across * 0.1**2 / 3
     assert torch.allclose(found, expected, atol=0.15 * float(expected.diagonal().max()))
-    net = Answer(torch.zeros(16, 3, 32, 32))
+    net = answering(torch.zeros(16, 3, 32, 32))
     for noise in (spread, None):
         loss_of(config, clip, noise)(net, drawn(rows))
     noisy, plain = (asked["z_i"] for asked in net.asked)
@@ -122,10 +122,10 @@ def test_swapped_captions_are_of_the_concept_and_evenly_drawn(tiny_corpus: Path,
     assert batch["captions"] == [["own"]] * 3001
 
 
-def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP, rows):
+def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP, rows, answering):
     config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, swap_captions=1.0)
     scheduler = make_scheduler(config.schedule, config.prediction, False)
-    net = Answer(torch.zeros(16, 3, 32, 32))
+    net = answering(torch.zeros(16, 3, 32, 32))
     told = {concept: [["another"]] for concept in rows["concept"]}
     decoder_loss(config, clip, Diffusion.from_scheduler(scheduler), None, told)(net, drawn(rows))
     expected = clip.encode_text(["another"]).states.float()
@@ -173,22 +173,10 @@ def randomised(**changes) -> Decoder:
     return decoder
 
 
-class Answer(nn.Module):
-    """Answers what it is told, and keeps what it was asked."""
-
-    def __init__(self, answer: Tensor):
-        super().__init__()
-        self.answer, self.asked = answer, []
-
-    def forward(self, x_t: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        self.asked.append({"x_t": x_t, "t": t, **conditions})
-        return self.answer
-
-
-def test_loss_is_the_error_and_a_function_of_the_draws(tiny_corpus: Path, clip: RememberedCLIP, rows):
+def test_loss_is_the_error_and_a_function_of_the_draws(tiny_corpus: Path, clip: RememberedCLIP, rows, answering):
     loss_fn = loss_of(config_of(tiny_corpus, prediction="sample"), clip)
     x0 = to_pixels(rows["image"])
-    net = Answer(x0)
+    net = answering(x0)
     assert loss_fn(net, drawn(rows))[0] == 0
     net.answer = torch.zeros_like(x0)
     assert loss_fn(net, drawn(rows))[0].item() == pytest.approx(x0.square().mean().item())
@@ -229,10 +217,12 @@ def test_dropped_text_changes_nothing(tiny_corpus: Path, clip: RememberedCLIP, r
         assert (losses[0] == pytest.approx(losses[1], abs=1e-6)) == dropped
 
 
-def test_conditions_are_dropped_as_often_as_asked_and_independently(tiny_corpus: Path, clip: RememberedCLIP, rows):
+def test_conditions_are_dropped_as_often_as_asked_and_independently(
+    tiny_corpus: Path, clip: RememberedCLIP, rows, answering
+):
     config = config_of(tiny_corpus)
     assert (config.drop_z_i, config.drop_text) == (0.1, 0.5)  # §2.1
-    net, loss_fn = Answer(torch.zeros(16, 3, 32, 32)), loss_of(config, clip)
+    net, loss_fn = answering(torch.zeros(16, 3, 32, 32)), loss_of(config, clip)
     for step in range(60):
         loss_fn(net, drawn(rows, step))
     z_i, text = (torch.cat([asked[name] for asked in net.asked]).float() for name in ("drop_z_i", "drop_text"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from decoder.decoder import Decoder
 from decoder.train import DecoderConfig, decoder_loss, run
@@ -13,7 +13,7 @@ from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig
-from unclip.core.data import DataConfig, Draws, ShardDataset, collate, to_pixels
+from unclip.core.data import DataConfig, Draws, to_pixels
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.masks import known_channels
 
@@ -41,11 +41,6 @@ def config_of(corpus: Path, clip: Path, out: Path | str = "unused", inpaint: boo
     return DecoderConfig(model, train, DataConfig(str(corpus)), str(clip), prediction="sample", **more)
 
 
-def batch_of(corpus: Path, rows: range, step: int = 0) -> dict:
-    dataset = ShardDataset(DataConfig(str(corpus)))
-    return {**collate([dataset[i] for i in rows]), "draws": Draws(0, step, rows)}
-
-
 def loss_of(config: DecoderConfig):
     scheduler = make_scheduler(config.schedule, config.prediction)
     return decoder_loss(config, RememberedCLIP(CLIP.from_pretrained(config.clip)), Diffusion.from_scheduler(scheduler))
@@ -57,12 +52,6 @@ def randomised(**model) -> Decoder:
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.1)
     return decoder.eval()
-
-
-def shown(b: int = 3, side: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x0 = torch.rand(b, 3, side, side, generator=generator) * 2 - 1
-    return known_channels(x0, torch.rand(b, 1, side, side, generator=generator) < 0.5)
 
 
 def inputs(b: int = 3):
@@ -77,7 +66,9 @@ def inputs(b: int = 3):
 
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("sketch_side", [None, 8])
-def test_it_starts_as_the_trained_decoder_whatever_is_known(tmp_path: Path, patch_size: int, sketch_side: int | None):
+def test_it_starts_as_the_trained_decoder_whatever_is_known(
+    tmp_path: Path, patch_size: int, sketch_side: int | None, shown
+):
     sizes = {"patch_size": patch_size, "sketch_side": sketch_side}
     plain, tuned = randomised(**sizes), randomised(**sizes, inpaint=True)
     plain.save_pretrained(tmp_path)
@@ -85,11 +76,11 @@ def test_it_starts_as_the_trained_decoder_whatever_is_known(tmp_path: Path, patc
     x_t, t, conditions = inputs()
     with torch.no_grad():
         expected = plain(x_t, t, **conditions)
-        for known in (None, shown()):
+        for known in (None, shown(3)):
             assert torch.equal(tuned(x_t, t, **conditions, known=known), expected)
     count = plain.unet.input.weight.shape[1]
     assert tuned.unet.input.weight.shape[1] == count + 4 * patch_size**2
-    output, _ = tuned(x_t, t, return_sketch=True, **conditions, known=shown())
+    output, _ = tuned(x_t, t, return_sketch=True, **conditions, known=shown(3))
     output.square().mean().backward()
     gradient = tuned.unet.input.weight.grad
     assert gradient is not None
@@ -97,42 +88,30 @@ def test_it_starts_as_the_trained_decoder_whatever_is_known(tmp_path: Path, patc
     start_from(randomised(**sizes), str(tmp_path))  # and a decoder without them loads as ever
 
 
-def test_without_known_pixels_it_is_shown_zeros():
+def test_without_known_pixels_it_is_shown_zeros(shown):
     tuned = randomised(inpaint=True)
     x_t, t, conditions = inputs()
     with torch.no_grad():
         free = tuned(x_t, t, **conditions)
         assert torch.equal(tuned(x_t, t, **conditions, known=torch.zeros(3, 4, 32, 32)), free)
-        seen = tuned(x_t, t, **conditions, known=shown())
+        seen = tuned(x_t, t, **conditions, known=shown(3))
         assert not torch.allclose(seen, free, atol=1e-2)
-        context = tuned.encode_context(**conditions, known=shown())
+        context = tuned.encode_context(**conditions, known=shown(3))
         assert torch.equal(tuned(x_t, t, context), seen)
-        alone = [tuned(x_t, t, z_i=conditions["z_i"], known=known) for known in (None, shown())]
+        alone = [tuned(x_t, t, z_i=conditions["z_i"], known=known) for known in (None, shown(3))]
         assert not torch.allclose(*alone, atol=1e-2)  # of a decoder that is given no text, too
     with pytest.raises(ValueError, match="built without inpaint"):
-        randomised()(x_t, t, **conditions, known=shown())
+        randomised()(x_t, t, **conditions, known=shown(3))
     with pytest.raises(ValueError, match=r"known has shape \(3, 4, 16, 16\); expected \(3, 4, 32, 32\)"):
-        tuned(x_t, t, **conditions, known=shown(side=16))
+        tuned(x_t, t, **conditions, known=shown(3, side=16))
     with pytest.raises(ValueError, match=r"x_t has shape .*; expected \(b, 3, h, w\)"):
         tuned(x_t[:, :2], t, **conditions)
 
 
-class Answer(nn.Module):
-    """Answers what it is told, and keeps what it was shown."""
-
-    def __init__(self, answer: Tensor):
-        super().__init__()
-        self.answer, self.asked = answer, []
-
-    def forward(self, x_t: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        self.asked.append({"x_t": x_t, "t": t, **conditions})
-        return self.answer
-
-
-def test_it_is_shown_what_random_masks_keep_of_the_picture(tiny_corpus: Path, tiny_clip: Path):
+def test_it_is_shown_what_random_masks_keep_of_the_picture(tiny_corpus: Path, tiny_clip: Path, batch_of, answering):
     whole = batch_of(tiny_corpus, range(16))
     x0 = to_pixels(whole["image"])
-    net, plain = Answer(x0), Answer(x0)
+    net, plain = answering(x0), answering(x0)
     loss_fn = loss_of(config_of(tiny_corpus, tiny_clip))
     for step in range(5):
         assert loss_fn(net, batch_of(tiny_corpus, range(16), step))[0] == 0
@@ -148,7 +127,7 @@ def test_it_is_shown_what_random_masks_keep_of_the_picture(tiny_corpus: Path, ti
     assert all(torch.equal(value, net.asked[0][name]) for name, value in plain.asked[0].items())
 
 
-def test_overfits_one_batch_from_what_it_is_shown(tiny_corpus: Path, tiny_clip: Path):
+def test_overfits_one_batch_from_what_it_is_shown(tiny_corpus: Path, tiny_clip: Path, batch_of):
     """At steps of all but noise, and without conditions, only known pixels say which of four pictures is asked for."""
     config = config_of(tiny_corpus, tiny_clip, drop_z_i=1.0, drop_text=1.0, noisy_share=1.0, noisy_from=990)
     torch.manual_seed(0)
@@ -171,14 +150,14 @@ def test_overfits_one_batch_from_what_it_is_shown(tiny_corpus: Path, tiny_clip: 
     assert seen < free / 2
 
 
-def test_a_tuning_goes_on_from_a_training(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path):
+def test_a_tuning_goes_on_from_a_training(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path, shown):
     plain = run(config_of(tiny_corpus, tiny_clip, tmp_path / "plain", inpaint=False))
     config = config_of(tiny_corpus, tiny_clip, tmp_path / "tuned", start=str(tmp_path / "plain"))
     config.train.learning_rate = 0.0
     before, after = Decoder.from_pretrained(plain).eval(), Decoder.from_pretrained(run(config)).eval()
     x_t, t, conditions = inputs()
     with torch.no_grad():
-        assert torch.equal(after(x_t, t, **conditions, known=shown()), before(x_t, t, **conditions))
+        assert torch.equal(after(x_t, t, **conditions, known=shown(3)), before(x_t, t, **conditions))
     assert after.config["inpaint"] and not before.config["inpaint"]
     config.start = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no trained network"):

@@ -33,6 +33,9 @@ from upsamplers.upsampler import Upsampler
 
 FOLDER = Path(__file__).parent
 NETWORK = {"model_channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1}
+CONTEXT = {"z_i_width": 12, "z_i_scale": 3.0, "z_i_tokens": 2, "text_width": 16, "context_width": 16}
+ATTENTION = {"sample_size": 32, "patch_size": 2, "attention_resolutions": (8,), "head_channels": 8}
+DECODER = {**NETWORK, **CONTEXT, **ATTENTION}
 Made = tuple[nn.Module, LossFn]
 
 
@@ -61,18 +64,14 @@ def make_prior_ar(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
 
 
 def make_decoder(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
-    context = {"z_i_width": 12, "z_i_scale": 3.0, "z_i_tokens": 2, "text_width": 16, "context_width": 16}
-    attention = {"sample_size": 32, "patch_size": 2, "attention_resolutions": (8,), "head_channels": 8}
-    config = DecoderConfig({**NETWORK, **context, **attention, "learned_variance": True}, settings, data, "unused")
+    config = DecoderConfig({**DECODER, "learned_variance": True}, settings, data, "unused")
     diffusion = Diffusion.from_scheduler(make_scheduler("cosine", "epsilon", learned_variance=True))
     return Decoder(**config.model), decoder_loss(config, RememberedCLIP(clip), diffusion)
 
 
 def make_decoder_sketch(settings: TrainConfig, data: DataConfig, clip: CLIP) -> Made:
     """As the embedded model's: x0, a sketch, noisy steps, blurred z_i, swapped captions, backgrounds."""
-    context = {"z_i_width": 12, "z_i_scale": 3.0, "z_i_tokens": 2, "text_width": 16, "context_width": 16}
-    attention = {"sample_size": 32, "patch_size": 2, "attention_resolutions": (8,), "head_channels": 8}
-    model = {**NETWORK, **context, **attention, "learned_variance": False, "sketch_side": 8, "sketch_width": 16}
+    model = {**DECODER, "learned_variance": False, "sketch_side": 8, "sketch_width": 16}
     data = replace(data, background=0.5)
     more = {"noisy_share": 0.6, "z_i_noise": 0.7, "swap_captions": 0.5}
     config = DecoderConfig(model, settings, data, "unused", prediction="sample", **more)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig
-from unclip.core.data import DataConfig, Draws, ShardDataset, collate
+from unclip.core.data import DataConfig
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.masks import known_channels
 from upsamplers.tiles import Tiled
@@ -27,11 +27,6 @@ def config_of(corpus: Path, out: Path | str = "unused", inpaint: bool = True, **
     return UpsamplerConfig({**MODEL, "inpaint": inpaint}, train, DataConfig(str(corpus)), **options)
 
 
-def batch_of(corpus: Path, rows: range, step: int = 0) -> dict:
-    dataset = ShardDataset(DataConfig(str(corpus)))
-    return {**collate([dataset[i] for i in rows]), "draws": Draws(0, step, rows)}
-
-
 def loss_of(config: UpsamplerConfig):
     return upsampler_loss(config, 4, Diffusion.from_scheduler(make_scheduler(config.schedule, config.prediction)))
 
@@ -44,12 +39,6 @@ def randomised(**model) -> Upsampler:
     return upsampler.eval()
 
 
-def shown(b: int = 2, side: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-    x0 = torch.rand(b, 3, side, side, generator=generator) * 2 - 1
-    return known_channels(x0, torch.rand(b, 1, side, side, generator=generator) < 0.5)
-
-
 def inputs(b: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     low = torch.rand(b, 3, 8, 8, generator=generator) * 2 - 1
@@ -57,34 +46,34 @@ def inputs(b: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_it_starts_as_the_trained_upsampler_whatever_is_known(tmp_path: Path, patch_size: int):
+def test_it_starts_as_the_trained_upsampler_whatever_is_known(tmp_path: Path, patch_size: int, shown):
     plain, tuned = randomised(patch_size=patch_size), randomised(patch_size=patch_size, inpaint=True)
     plain.save_pretrained(tmp_path)
     start_from(tuned, str(tmp_path))
     x_t, t, low = inputs()
     with torch.no_grad():
         expected = plain(x_t, t, low=low)
-        for known in (None, shown()):
+        for known in (None, shown(2)):
             assert torch.equal(tuned(x_t, t, low=low, known=known), expected)
-    tuned(x_t, t, low=low, known=shown()).square().mean().backward()
+    tuned(x_t, t, low=low, known=shown(2)).square().mean().backward()
     gradient = tuned.unet.input.weight.grad
     assert gradient is not None and gradient.shape[1] == 10 * patch_size**2
     assert bool(gradient[:, 6 * patch_size**2 :].flatten(2).any(dim=2).any(dim=0).all())  # of every new channel
 
 
-def test_without_known_pixels_it_is_shown_zeros():
+def test_without_known_pixels_it_is_shown_zeros(shown):
     tuned = randomised(inpaint=True)
     x_t, t, low = inputs()
     with torch.no_grad():
         free = tuned(x_t, t, low=low)
         assert torch.equal(tuned(x_t, t, low=low, known=torch.zeros(2, 4, 32, 32)), free)
-        seen = tuned(x_t, t, low=low, known=shown())
+        seen = tuned(x_t, t, low=low, known=shown(2))
         assert not torch.allclose(seen, free, atol=1e-2)
-        assert torch.equal(tuned(x_t, t, tuned.encode_context(low, shown())), seen)
+        assert torch.equal(tuned(x_t, t, tuned.encode_context(low, shown(2))), seen)
     with pytest.raises(ValueError, match="built without inpaint"):
-        randomised()(x_t, t, low=low, known=shown())
+        randomised()(x_t, t, low=low, known=shown(2))
     with pytest.raises(ValueError, match=r"known has shape \(2, 4, 16, 16\); expected \(2, 4, 32, 32\)"):
-        tuned(x_t, t, low=low, known=shown(side=16))
+        tuned(x_t, t, low=low, known=shown(2, side=16))
 
 
 class Pointwise(Upsampler):
@@ -94,33 +83,21 @@ class Pointwise(Upsampler):
         return x_t * 2 + context.low + context.known[:, :3] - context.known[:, 3:]
 
 
-def test_a_tile_sees_what_is_known_of_it():
+def test_a_tile_sees_what_is_known_of_it(shown):
     net, (x_t, t, _) = Pointwise(**MODEL, inpaint=True), inputs()
-    context = UpsamplerContext(torch.randn(2, 3, 32, 32), known=shown())
+    context = UpsamplerContext(torch.randn(2, 3, 32, 32), known=shown(2))
     torch.testing.assert_close(Tiled(net, 16)(x_t, t, context), net(x_t, t, context))
 
 
-class Answer(nn.Module):
-    """Answers what it is told, and keeps what it was shown."""
-
-    def __init__(self, answer: Tensor):
-        super().__init__()
-        self.answer, self.asked = answer, []
-
-    def forward(self, x_t: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
-        self.asked.append({"x_t": x_t, "t": t, **conditions})
-        return self.answer
-
-
-def test_it_is_shown_what_random_masks_keep_of_the_crop(tiny_corpus: Path):
-    net, plain = Answer(torch.zeros(16, 3, 16, 16)), Answer(torch.zeros(16, 3, 16, 16))
+def test_it_is_shown_what_random_masks_keep_of_the_crop(tiny_corpus: Path, batch_of, answering):
+    net, plain = answering(torch.zeros(16, 3, 16, 16)), answering(torch.zeros(16, 3, 16, 16))
     loss_fn = loss_of(config_of(tiny_corpus))
     for step in range(5):
         loss_fn(net, batch_of(tiny_corpus, range(16), step))
     kept = torch.cat([asked["known"][:, 3:] for asked in net.asked])
     assert 0.1 < float((kept.flatten(1).sum(1) == 0).float().mean()) < 0.5  # sometimes nothing: it still draws freely
     assert not torch.equal(net.asked[0]["known"], net.asked[1]["known"])
-    half = Answer(torch.zeros(8, 3, 16, 16))  # a row's mask is its own, whatever its batch
+    half = answering(torch.zeros(8, 3, 16, 16))  # a row's mask is its own, whatever its batch
     loss_fn(half, batch_of(tiny_corpus, range(8, 16)))
     assert torch.equal(half.asked[0]["known"], net.asked[0]["known"][8:])
     loss_of(config_of(tiny_corpus, inpaint=False))(plain, batch_of(tiny_corpus, range(16)))
@@ -145,14 +122,14 @@ def test_overfits_one_batch_from_what_it_is_shown(tiny_corpus: Path):
     assert free.mean() > 0.5
 
 
-def test_a_tuning_goes_on_from_a_training(tiny_corpus: Path, tmp_path: Path):
+def test_a_tuning_goes_on_from_a_training(tiny_corpus: Path, tmp_path: Path, shown):
     plain = run(config_of(tiny_corpus, tmp_path / "plain", inpaint=False))
     config = config_of(tiny_corpus, tmp_path / "tuned", start=str(tmp_path / "plain"))
     config.train.learning_rate = 0.0
     before, after = Upsampler.from_pretrained(plain).eval(), Upsampler.from_pretrained(run(config)).eval()
     x_t, t, low = inputs()
     with torch.no_grad():
-        assert torch.equal(after(x_t, t, low=low, known=shown()), before(x_t, t, low=low))
+        assert torch.equal(after(x_t, t, low=low, known=shown(2)), before(x_t, t, low=low))
     assert after.config["inpaint"] and not before.config["inpaint"]
 
 
