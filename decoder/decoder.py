@@ -112,9 +112,7 @@ class Decoder(ModelMixin, ConfigMixin):
             model_channels=model_channels,
             channel_multipliers=channel_multipliers,
             num_res_blocks=num_res_blocks,
-            attention_levels=attention_levels(
-                attention_resolutions, sample_size // patch_size, len(channel_multipliers)
-            ),
+            attention_levels=attention_levels(attention_resolutions, sample_size // patch_size, channel_multipliers),
             head_channels=head_channels,
             context_width=context_width,
             dropout=dropout,
@@ -268,9 +266,12 @@ class Decoder(ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; expected bool of shape {shape}")
 
 
-def attention_levels(sides: Sequence[int], finest: int, levels: int) -> list[int]:
-    """The levels of a U-Net whose grids have these sides; finest: the first grid's. Raises ValueError for another."""
-    grids = [finest // 2**level for level in range(levels)]
+def attention_levels(sides: Sequence[int], finest: int, multipliers: Sequence[float]) -> list[int]:
+    """The levels of a U-Net whose grids have these sides; finest: the first grid's; multipliers: one for each level.
+
+    Raises ValueError for a side that no grid has.
+    """
+    grids = [finest // 2**level for level in range(len(multipliers))]
     if unknown := [side for side in sides if side not in grids]:
         raise ValueError(f"attention_resolutions name {unknown}; the grids of this decoder are {grids}")
     return [grids.index(side) for side in sides]

@@ -147,12 +147,16 @@ def check_fit(clip: Any, prior: Any, decoder: Any, *upsamplers: Any, prior_ar: A
             )
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What options call a dtype: "fp32", "bf16", "fp16"; of another, torch's name."""
+    return {value: name for name, value in DTYPES.items()}.get(dtype, str(dtype))
+
+
 def finite(x: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     """x itself. Raises ValueError where it holds NaN or infinity."""
     if not bool(x.isfinite().all()):
-        called = {value: key for key, value in DTYPES.items()}.get(dtype, str(dtype))
         advice = "" if dtype == torch.float32 else "run it in fp32 (on the command line --dtype fp32), or "
-        raise ValueError(f"{name} gave NaN or infinity in {called}; {advice}check its weights.")
+        raise ValueError(f"{name} gave NaN or infinity in {dtype_name(dtype)}; {advice}check its weights.")
     return x
 
 

@@ -27,6 +27,7 @@ from unclip.options import (
     Prior,
     PriorGuidance,
     Size,
+    Tile,
     quiet_libraries,
 )
 
@@ -109,7 +110,7 @@ def sample(
     device: Devices = Device.auto,
     dtype: DTypes = DType.auto,
     model: Model = None,
-    tile: Annotated[int | None, typer.Option(help="Upsample in overlapping tiles of this side: less memory.")] = None,
+    tile: Tile = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the networks: for many pictures.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Also write all pictures on one sheet.")] = False,
 ) -> None:

@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from unclip import __version__
 from unclip.core.files import whole_file
-from unclip.presets import PriorName, write_presets
+from unclip.presets import PriorName, write_preset
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback
@@ -67,7 +67,7 @@ def draw(
     """
     chosen = pipe.settings(preset, guidance_scale, prior_guidance_scale, prior=prior)
     settings = {"size": size or pipe.sizes[-1], "preset": preset, "dtype": str(pipe.dtype).removeprefix("torch.")}
-    settings |= {"device": pipe.device.type, **(write_presets({"": chosen})[""] or {})}
+    settings |= {"device": pipe.device.type, **write_preset(chosen)}
     settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
     settings |= {"tile": pipe.tile} if pipe.tile else {}
     common = {"settings": json.dumps(settings), **made_by(pipe)}

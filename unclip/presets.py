@@ -133,12 +133,14 @@ def read_presets(
 
 def write_presets(presets: Mapping[str, Mapping[str, StageSettings]]) -> dict[str, dict[str, dict[str, Any]] | None]:
     """The presets as plain JSON types, which `read_presets` reads; None for each default that the model leaves out."""
-    return dict.fromkeys(DEFAULTS) | {
-        name: {
-            stage: {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(s).items()}
-            for stage, s in stages.items()
-        }
-        for name, stages in presets.items()
+    return dict.fromkeys(DEFAULTS) | {name: write_preset(stages) for name, stages in presets.items()}
+
+
+def write_preset(stages: Mapping[str, StageSettings]) -> dict[str, dict[str, Any]]:
+    """One preset as plain JSON types: {stage: {setting: value}}."""
+    return {
+        stage: {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+        for stage, settings in stages.items()
     }
 
 

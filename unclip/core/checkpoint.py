@@ -131,6 +131,10 @@ def load_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, out: P
     return step
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
 @contextlib.contextmanager
 def _writing(path: Path, partial: Path | None = None) -> Iterator[None]:
     """Says in one sentence why `path` could not be written, and removes the folder `partial` where one is given."""
@@ -141,7 +145,7 @@ def _writing(path: Path, partial: Path | None = None) -> Iterator[None]:
             shutil.rmtree(partial, ignore_errors=True)
         if not isinstance(error, OSError | RuntimeError | SafetensorError):  # of a full disk torch raises the second
             raise
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = _first_line(error)
         raise OSError(
             f"{path} could not be written ({reason}): if the disk is full, make room, then run this again, a training "
             "with --resume."
@@ -158,7 +162,7 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} does not fit this optimiser ({error}): use the train.lr_scales it was trained with."
         ) from error
     except (RuntimeError, SafetensorError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = _first_line(error)
         before = [state.name for state in states(path.parents[1]) if state.name < path.name]
         advice = f"--resume goes on from {before[-1]}" if before else "start without --resume"
         raise ValueError(f"{path} cannot be loaded ({reason}): if it is damaged, remove it and {advice}.") from error

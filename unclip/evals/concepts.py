@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.arguments import DTYPES
+from unclip.arguments import dtype_name
 from unclip.core.data import to_pixels
 from unclip.core.files import write_json
 from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
@@ -247,7 +247,7 @@ def trained_concepts(folder: str | Path) -> set[str] | None:
 
 def dtype_of(pipe: UnCLIP) -> str:
     """The dtype that a pipeline computes in: "fp32", "bf16" or "fp16"."""
-    return next(name for name, dtype in DTYPES.items() if dtype == pipe.decoder.dtype)
+    return dtype_name(pipe.decoder.dtype)
 
 
 def generator_of(
