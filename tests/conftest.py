@@ -70,6 +70,7 @@ def write_stages(root: Path) -> dict[str, Path]:
     from unclip.core.diffusion import make_scheduler
     from upsamplers.upsampler import Upsampler
 
+    torch.manual_seed(0)  # the same networks in every run
     tower = {"dim": 16, "image_size": 16, "patch_size": 8, "vocab_size": 300, "context_length": 24}
     image = {"image_width": 16, "image_depth": 1, "image_heads": 2}
     text = {"text_width": 24, "text_depth": 1, "text_heads": 2}

@@ -180,31 +180,31 @@ def test_edits_change_what_they_say_and_nothing_else() -> None:
 
 
 def test_the_measures_run_on_a_model(pipe: UnCLIP) -> None:
-    options = {"steps": 2, "size": 64, "seed": 0}
-    found = measure_edits(pipe, choose_edits(2), (0.0, 0.5), **options)
+    options = {"steps": 2, "size": 16, "seed": 0}  # of larger ones the first is rounded to bytes, by chance up or down
+    found = measure_edits(pipe, choose_edits(2), (0.0, 0.5), **options | {"size": 64})
     assert list(found["strengths"]) == ["0", "0.5"]
     assert found["best"] in found["strengths"]
     pictures = [draw(edit.scene) for edit in choose_edits(3)]
     gallery = Gallery(torch.rand(6, 3, generator=torch.Generator().manual_seed(0)), ["a", "a", "b", "b", "c", "c"])
     again = reconstructions(pipe, pictures, **options)
-    assert again.shape == (3, 3, 64, 64)
+    assert again.shape == (3, 3, 16, 16)
     varied = measure_variations(pipe, pictures, again, [0, 2, 4], gallery, mean_colour, **options)
     assert (varied["count"], varied["seeds"]) == (3, 2)
     real = mean_colour(to_bytes(pixels_from_pil(pictures)))
     found = measure_interpolations(pipe, pictures, again, real, mean_colour, torch.zeros(3), 4, **options)
     assert found["pairs"] == 3
-    assert found["ends_error"] < 1e-3
+    assert found["ends_error"] < 1e-4
     for name in ("difference", "end", "start"):
         assert -1 <= found[name]["least"] <= found[name]["mean"] <= 1
 
 
 def test_a_latent_is_measured_as_its_picture_is(pipe: UnCLIP) -> None:
-    options = {"steps": 2, "size": 64, "seed": 0}
+    options = {"steps": 2, "size": 16, "seed": 0}
     pictures = [draw(edit.scene) for edit in choose_edits(2)]
     latents = pipe.invert(pictures, 2)
     whole = reconstructions(pipe, pictures, **options)
     parted = reconstructions(pipe, [latents.row(0), latents.row(1)], **options)
-    torch.testing.assert_close(whole, parted, atol=1e-3, rtol=0)
+    torch.testing.assert_close(whole, parted, atol=1e-4, rtol=0)
 
 
 def test_no_variations_are_refused_before_a_model_loads() -> None:
