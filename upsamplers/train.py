@@ -29,6 +29,7 @@ class UpsamplerConfig:
     data: DataConfig
     crop: int  # side of a training crop in pixels of the target; the paper takes a quarter of the picture's side
     degradation: Degradation
+    degraded_share: float = 1.0  # of the samples; where all are, pictures that are not come out over-sharpened
     validation: DataConfig | None = None
     start: str | None = None  # folder of a trained upsampler to start from; input channels it lacks start at zero
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -48,12 +49,21 @@ def random_crops(x0: Tensor, size: int, draws: Draws) -> Tensor:
     return torch.stack([x[:, top : top + size, left : left + size] for x, top, left in rows])
 
 
-def degrade(x0: Tensor, factor: int, degradation: Degradation, draws: Draws) -> Tensor:
-    """The low-resolution picture (b, 3, h/factor, w/factor) that an upsampler is given for x0 (b, 3, h, w)."""
-    if degradation in ("bsr-light", "bsr-full"):
-        return bsr(x0, draws, degradation.removeprefix("bsr-"), factor)
-    low = downsample(x0, factor)
-    return gaussian_blur(low) if degradation == "blur" else low
+def degrade(x0: Tensor, factor: int, degradation: Degradation, draws: Draws, share: float = 1.0) -> Tensor:
+    """The low-resolution picture (b, 3, h/factor, w/factor) that an upsampler is given for x0 (b, 3, h, w).
+
+    share: the part of the pictures that are degraded; the paper degrades all, Ho et al. (arXiv 2106.15282) half.
+    """
+    if degradation == "none":
+        return downsample(x0, factor)
+    if degradation == "blur":
+        low = gaussian_blur(downsample(x0, factor))
+    else:
+        low = bsr(x0, draws, degradation.removeprefix("bsr-"), factor)
+    if share == 1:
+        return low
+    chosen = draws.uniform().to(x0.device) < share  # b
+    return torch.where(chosen[:, None, None, None], low, downsample(x0, factor))
 
 
 def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -> LossFn:
@@ -68,7 +78,7 @@ def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -
         draws = batch["draws"]
         x0, _ = draw_pictures_and_captions(batch, draws, config.data.background)
         x0 = random_crops(x0, config.crop, draws)
-        low = degrade(x0, factor, config.degradation, draws)
+        low = degrade(x0, factor, config.degradation, draws, config.degraded_share)
         t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
@@ -86,7 +96,8 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
     def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
         x0, _ = draw_pictures_and_captions(batch, batch["draws"], 0.0)
         x0 = random_crops(x0, config.crop, batch["draws"])
-        context = model.encode_context(low=degrade(x0, factor, config.degradation, batch["draws"]))  # pyright: ignore
+        low = degrade(x0, factor, config.degradation, batch["draws"], config.degraded_share)
+        context = model.encode_context(low=low)  # pyright: ignore[reportCallIssue]
         generators = picture_generators(range(len(x0)), "upsampler")
         x_T = starting_noise(x0.shape[1:], generators, x0.device)
         denoise = guided(model, context)
@@ -97,6 +108,8 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
 
 def run(config: UpsamplerConfig) -> Path:
     """Trains an upsampler; returns the folder of the exported network."""
+    if not 0 <= config.degraded_share <= 1:
+        raise ValueError(f"degraded_share is {config.degraded_share}; expected a part of the samples, 0 to 1.")
     dataset, validation = datasets_of(config.data, config.validation)
     torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)

@@ -101,6 +101,23 @@ def test_degradations_by_name():
     assert 0 == errors[0] < errors[1] < errors[2]
 
 
+@pytest.mark.parametrize("degradation", ["blur", "bsr-full"])
+def test_a_share_of_the_pictures_is_degraded_and_the_rest_is_clean(degradation):
+    x0 = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    low = {s: degrade(x0, 4, degradation, Draws(0, 0, range(200)), s) for s in (0.0, 0.25, 1.0)}
+    clean = downsample(x0, 4)
+    assert torch.equal(low[0.0], clean)
+    assert torch.equal(low[1.0], degrade(x0, 4, degradation, Draws(0, 0, range(200))))
+    is_clean = (low[0.25] == clean).flatten(1).all(1)
+    assert torch.equal(low[0.25][~is_clean], low[1.0][~is_clean])
+    assert abs(int(is_clean.sum()) - 150) < 30
+
+
+def test_a_share_out_of_range_is_one_sentence(tiny_corpus: Path):
+    with pytest.raises(ValueError, match=r"degraded_share is 1\.5; expected a part of the samples, 0 to 1"):
+        run(config_of(tiny_corpus, degraded_share=1.5))
+
+
 def test_loss_is_the_error_on_the_crop_that_low_shows(tiny_corpus: Path, rows):
     """Without degradation the picture asked for is known: what answers with it has no loss."""
     config = config_of(tiny_corpus, degradation="none")
