@@ -71,6 +71,26 @@ def concepts(
     typer.echo(json.dumps(figures, indent=1))
 
 
+@evals.command()
+def clip(
+    model: Annotated[str | None, typer.Option(help="Model folder, CLIP folder or hub name; else the embedded.")] = None,
+    corpus: EmojiCorpus = CORPUS,
+    split: Annotated[list[str] | None, typer.Option(help="May be repeated; test-pair, test-concept if none.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="Prompt, {} the concept; may be repeated.")] = None,
+    json_file: Json = None,
+    device: Devices = Device.auto,
+) -> None:
+    """Zero-shot accuracy of CLIP among all concepts of the corpus, and its retrieval both ways."""
+    from unclip.pictures import check_file
+
+    check_file(json_file, "--json")
+    from unclip.evals.clip import SPLITS, evaluate
+
+    quiet_libraries()
+    figures = evaluate(model, corpus, split or SPLITS, template or ["{}"], json_file, device.value)
+    typer.echo(json.dumps(figures, indent=1))
+
+
 @evals.command("shapes")
 def shapes_report(
     model: Model = None,
