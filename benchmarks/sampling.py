@@ -208,13 +208,17 @@ def measure_stage(
     device: torch.device,
     same_weights: bool = True,
 ) -> list[Row]:
-    """Warms every side up with two steps, which tell its memory; then runs all in turn, `rounds` times."""
+    """Runs all sides in turn, `rounds` times, each after two steps of its own, which are not timed.
+
+    Those bring back what the machine has put away of a side's weights while the others ran: minutes, of large ones.
+    """
     sides = [(side, dtype) for side, dtype, name in works if name == stage]
     memory = {side: memory_mb(lambda side=side: works[*side, stage](2), device) for side in sides}
     counted = {side: of_steps(works[side, options.dtypes[0], stage], steps) for side in ("ours", "peer")}
     runs: dict[tuple[str, str], list[Run]] = {side: [] for side in sides}
     for n in range(options.rounds):
         for side in sides:
+            works[*side, stage](2)
             runs[side].append(timed(lambda side=side: works[*side, stage](steps), device))
             print(f"{stage}, round {n + 1}, {' '.join(side)}: {runs[side][-1].seconds:.2f} s", file=sys.stderr)
     rows = []

@@ -21,7 +21,7 @@ class AutoregressiveContext(NamedTuple):
     `encode_context` gives one that has seen nothing yet.
     """
 
-    seen: tuple[KeysValues, ...]  # per layer, each (b, heads, n + 2 + tokens seen, c)
+    seen: tuple[KeysValues, ...]  # per layer, each (b, n + 2 + tokens seen, width)
     mask: Tensor  # (b, n + 2) bool, true on tokens of the prefix that count
 
 
@@ -146,7 +146,7 @@ class AutoregressivePrior(ModelMixin, ConfigMixin):
 
         Returns the logits after each of them, (b, m or m + 1, buckets), and the context that has seen them.
         """
-        done = context.seen[0].k.shape[2] - context.mask.shape[1]
+        done = context.seen[0].k.shape[1] - context.mask.shape[1]
         h = self.embed_y(y)  # b m w
         if done == 0:
             h = torch.cat([self.start.to(h.dtype).expand(len(h), 1, -1), h], dim=1)

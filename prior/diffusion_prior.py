@@ -15,7 +15,7 @@ from unclip.core.transformer import Block, KeysValues, causal_mask, prefix_of
 class PriorContext(NamedTuple):
     """The causal prefix [text tokens | z_t]: nothing in it depends on x_t or t."""
 
-    prefix: tuple[KeysValues, ...]  # per layer, each (b, heads, n + 1, c)
+    prefix: tuple[KeysValues, ...]  # per layer, each (b, n + 1, width)
     mask: Tensor  # (b, n + 1) bool, true on tokens that count
 
 

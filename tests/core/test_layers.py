@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from unclip.core import layers
 from unclip.core.layers import Attention, ResBlock, attend, fold, group_norm, unfold, zero_init
 
 
@@ -65,6 +66,25 @@ def test_attend_equals_the_fused_kernel_with_and_without_mask():
     torch.testing.assert_close(
         attend(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     )
+
+
+@pytest.mark.parametrize(("queries", "scores"), [(1000, 2**20), (128, 2**20), (128, 12_000), (7, 1)])
+def test_attend_in_bf16_by_parts_is_the_whole(monkeypatch: pytest.MonkeyPatch, queries: int, scores: int):
+    monkeypatch.setattr(layers, "QUERIES", queries)
+    monkeypatch.setattr(layers, "SCORES", scores)
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (300, 40, 40))
+    mask = torch.tensor([[True, False, True, True], [False] * 4])  # of the first four keys
+    kept = F.pad(mask, (0, 36), value=True)[:, None, None]
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=kept)
+    got = attend(q, k, v, mask)
+    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=0)
+    with torch.no_grad():
+        alone = attend(q, k, v, mask)
+        torch.testing.assert_close(alone, got)
+        assert torch.equal(attend(q, k.masked_fill(~kept.mT, 9.0), v.masked_fill(~kept.mT, 9.0), mask), alone)
+    gradients = [torch.autograd.grad(x.float().square().sum(), (q, k, v)) for x in (got, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.1, rtol=0.1)
 
 
 def test_masked_tokens_get_no_gradient():

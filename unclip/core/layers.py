@@ -17,6 +17,8 @@ from unclip.core.products import Linear
 TimeConditioning = Literal["scale_shift", "additive"]
 Module = TypeVar("Module", bound=nn.Module)
 KeysValues = tuple[Tensor, Tensor]  # each (b, heads, n, head_channels)
+QUERIES = 256  # of a head at once, and
+SCORES = 2**20  # of all heads at once: what the second-level caches of two cores hold in bf16
 
 
 class GroupNorm(nn.GroupNorm):
@@ -62,15 +64,38 @@ def unfold(x: Tensor, patch_size: int) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√c)·v. q: (b, heads, n, c); k, v: (b, heads, m, c); mask: (b, m) bool, true where a key counts."""
+    """softmax(q·kᵀ/√c)·v. q: (b, heads, n, c); k, v: (b, heads, m, c).
+
+    mask: (b, l) bool, false where one of the first l keys does not count; all later ones do.
+    """
     if q.device.type != "cpu" or q.dtype == torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None, :])
-    # In bf16 a CPU's fused kernel takes longer than these products, at the sizes a U-Net has.
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT  # b heads n m
-    if mask is not None:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
-        scores = add(scores, bias[:, None, None, :])
-    return scores.softmax(dim=-1) @ v
+        if mask is not None:
+            mask = F.pad(mask, (0, k.shape[2] - mask.shape[1]), value=True)[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    # In bf16 a CPU's fused kernel takes longer than plain products over as many scores as its caches hold.
+    rows, m = min(q.shape[2], QUERIES), k.shape[2]
+    at_once = max(1, round(SCORES / (rows * m)))  # heads
+    hidden = None if mask is None else ~mask.repeat_interleave(q.shape[1], 0)[:, None]  # (b heads) 1 l
+    queries = (q * q.shape[-1] ** -0.5).flatten(0, 1)  # (b heads) n c
+    keys, values = k.mT.flatten(0, 1), v.flatten(0, 1)  # (b heads) c m, (b heads) m c
+    room = None if torch.is_grad_enabled() else q.new_empty(min(at_once, len(queries)), rows, m)
+    parts = []
+    for some, to, of in zip(queries.split(at_once), keys.split(at_once), values.split(at_once), strict=True):
+        blind = None if hidden is None else hidden[len(parts) * at_once :][: len(some)]
+        parts.append(torch.cat([_attend(x, to, of, blind, room) for x in some.split(rows, 1)], 1))
+    return torch.cat(parts).unflatten(0, q.shape[:2])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, room: Tensor | None) -> Tensor:
+    """softmax(q·k)·v of q (h, n, c), k (h, c, m) and v (h, m, c).
+
+    hidden: (h, 1, l), true at keys that do not count; room: where the scores may go, at least (h, n, m).
+    """
+    room = None if room is None else room[: len(q), : q.shape[1]]
+    scores = torch.bmm(q, k, out=room)  # h n m
+    if hidden is not None:
+        scores[..., : hidden.shape[-1]].masked_fill_(hidden, -math.inf)
+    return torch.softmax(scores, dim=-1, out=room) @ v
 
 
 def silu(x: Tensor) -> Tensor:
@@ -172,7 +197,5 @@ class Attention(nn.Module):
         if context is not None:
             k = torch.cat([context[0].to(k.dtype), k], dim=2)
             v = torch.cat([context[1].to(v.dtype), v], dim=2)
-        if mask is not None:
-            mask = F.pad(mask, (0, q.shape[2]), value=True)  # b n
         h = self.out(rearrange(attend(q, k, v, mask), "b heads n c -> b n (heads c)"))
         return add(rearrange(h, "b (h w) c -> b c h w", h=height), x)

@@ -20,6 +20,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias. x: (…, i); weight: (o, i); bias: (o,). Returns (…, o)."""
+    x = x.contiguous()  # of a slice torch would copy the weights once a row
     if x.numel() * len(weight) < WORTH or not by_onednn(x) or weight.dtype != x.dtype:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

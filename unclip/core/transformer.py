@@ -17,7 +17,7 @@ from unclip.core.products import Linear
 
 
 class KeysValues(NamedTuple):
-    """Keys and values (b, heads, n, c) of one layer."""
+    """Keys and values (b, n, width) of one layer, not yet split into heads, so that joining them copies whole rows."""
 
     k: Tensor
     v: Tensor
@@ -54,12 +54,12 @@ class Attention(nn.Module):
 
     def keys_values(self, h: Tensor) -> KeysValues:
         """h: (b, n, width)."""
-        return KeysValues(self._split(self.to_k(h)), self._split(self.to_v(h)))
+        return KeysValues(self.to_k(h), self.to_v(h))
 
     def forward(self, h: Tensor, kv: KeysValues, mask: Tensor | None) -> Tensor:
-        """Queries of h (b, n, width) over kv (b, heads, m, c); mask (b, 1, n, m) bool, true where attended."""
-        q = self._split(self.to_q(h))
-        h = F.scaled_dot_product_attention(q, kv.k, kv.v, attn_mask=mask)  # b heads n c
+        """Queries of h (b, n, width) over kv (b, m, width); mask (b, 1, n, m) bool, true where attended."""
+        q, k, v = (self._split(x) for x in (self.to_q(h), kv.k, kv.v))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # b heads n c
         return self.dropout(self.to_out(rearrange(h, "b heads n c -> b n (heads c)")))
 
     def _split(self, h: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Block(nn.Module):
     def _after(before: KeysValues | None, kv: KeysValues) -> KeysValues:
         if before is None:
             return kv
-        return KeysValues(torch.cat([before.k, kv.k], dim=2), torch.cat([before.v, kv.v], dim=2))
+        return KeysValues(torch.cat([before.k, kv.k], dim=1), torch.cat([before.v, kv.v], dim=1))
 
     def _rest(self, h: Tensor, normed: Tensor, kv: KeysValues, mask: Tensor | None) -> Tensor:
         h = h + self.attention(normed, kv, mask)
