@@ -208,10 +208,7 @@ def measure_stage(
     device: torch.device,
     same_weights: bool = True,
 ) -> list[Row]:
-    """Runs all sides in turn, `rounds` times, each after two steps of its own, which are not timed.
-
-    Those bring back what the machine has put away of a side's weights while the others ran: minutes, of large ones.
-    """
+    """Runs all sides in turn, `rounds` times, each after two steps of its own, which are not timed."""
     sides = [(side, dtype) for side, dtype, name in works if name == stage]
     memory = {side: memory_mb(lambda side=side: works[*side, stage](2), device) for side in sides}
     counted = {side: of_steps(works[side, options.dtypes[0], stage], steps) for side in ("ours", "peer")}
