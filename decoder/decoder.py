@@ -103,6 +103,7 @@ class Decoder(ModelMixin, ConfigMixin):
         sketch_side: int | None = None,
         sketch_width: int = 512,
         inpaint: bool = False,
+        mix_input: bool = False,
     ):
         super().__init__()
         check_choices(norm_context, null_z_i, text_width, z_t_width)
@@ -121,6 +122,7 @@ class Decoder(ModelMixin, ConfigMixin):
             patch_size=patch_size,
             learned_variance=learned_variance,
             norm_groups=norm_groups,
+            mix_input=mix_input,
         )
         time_dim = self.unet.time_dim
         self.z_i_width, self.z_i_scale, self.z_i_tokens, self.text_width = z_i_width, z_i_scale, z_i_tokens, text_width

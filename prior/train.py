@@ -20,7 +20,7 @@ from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_em
 from unclip.core.analytic import x0_variance
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
-from unclip.core.diffusion import Diffusion, make_scheduler
+from unclip.core.diffusion import Diffusion, Weighting, make_scheduler
 from unclip.core.files import whole_folder, write_json
 from unclip.core.sampling import guided, make_sampler
 from unclip.core.train import Batch, LossFn, check, datasets_of, processes, save_scheduler, train
@@ -37,8 +37,8 @@ class PriorConfig:
     kind: Literal["diffusion", "ar"] = "diffusion"
     validation: DataConfig | None = None
     schedule: Literal["cosine", "linear"] = "cosine"
-    weighting: Literal["none", "min_snr"] = "none"
-    gamma: float = 5.0  # of min-SNR
+    weighting: Weighting = "none"
+    gamma: float = 5.0  # the largest weight, in x0 space
     error: float = 0.01  # ar: how much of z_i's variance components may leave out, where model.components is not given
     drop_text: float = 0.1
     statistics: int = 10_000  # pictures that mean and deviation of z_i are estimated from, at most

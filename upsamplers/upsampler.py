@@ -59,6 +59,7 @@ class Upsampler(ModelMixin, ConfigMixin):
         interpolation: Literal["bilinear", "bicubic"] = "bicubic",
         antialias: bool = False,
         inpaint: bool = False,
+        mix_input: bool = False,
     ):
         super().__init__()
         if factor < 1:
@@ -79,6 +80,7 @@ class Upsampler(ModelMixin, ConfigMixin):
             learned_variance=learned_variance,
             time_dim=time_dim,
             norm_groups=norm_groups,
+            mix_input=mix_input,
         )
 
     def encode_context(self, low: Tensor, known: Tensor | None = None) -> UpsamplerContext:

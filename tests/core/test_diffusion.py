@@ -110,10 +110,10 @@ def test_learned_variance_lies_between_its_ends():
     assert (high >= low).all()
 
 
-@pytest.mark.parametrize("weighting", ["none", "min_snr"])
+@pytest.mark.parametrize("weighting", ["none", "min_snr", "snr_plus_one"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_weights_agree_in_x0_space(kind, weighting):
-    """One wrong x0, said as ε, x0 or v, costs the same under min-SNR; unweighted SNR, 1 and SNR + 1 times as much."""
+    """One wrong x0, said as ε, x0 or v, costs the same under a weight; unweighted SNR, 1 and SNR + 1 times as much."""
     t = torch.tensor([1, 100, 300, 500, 700, 900])
     x0, noise = (x.double() for x in draw(t))
     wrong = x0 + 0.3
@@ -123,7 +123,8 @@ def test_loss_weights_agree_in_x0_space(kind, weighting):
         loss = d.loss(d.from_x0(x_t, wrong, t), x0, x_t, noise, t, weighting=weighting)
         snr = d.snr(t)
         factor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]
-        expected = 0.09 * (snr.clamp(max=5.0) if weighting == "min_snr" else factor)
+        weight = {"none": factor, "min_snr": snr.clamp(max=5.0), "snr_plus_one": (snr + 1).clamp(max=5.0)}[weighting]
+        expected = 0.09 * weight
         torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-4)
 
 

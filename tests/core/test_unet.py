@@ -136,10 +136,39 @@ def test_refuses_steps_that_do_not_fit():
         randomised()(torch.zeros(2, 3, 8, 8), torch.zeros(1))
 
 
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_a_mix_of_the_input_is_added_to_the_prediction_alone(learned_variance):
+    """With one number for each pair of channels, put at t = 5 alone: the output there is the plain one's plus these."""
+    torch.manual_seed(0)
+    options = {"in_channels": 6, "learned_variance": learned_variance, "patch_size": 2}
+    plain, mixed = randomised(**options), randomised(**options, mix_input=True)
+    weights = plain.state_dict()
+    mix = torch.arange(18.0).view(6, 3) / 10
+    weights["input_mix.weight"], weights["input_mix.bias"] = torch.zeros(18, mixed.time_dim), mix.flatten()
+    mixed.load_state_dict(weights)
+    x, t = torch.randn(2, 6, 16, 8), torch.tensor([5, 900])
+    out, expected = mixed(x, t), plain(x, t)
+    torch.testing.assert_close(out[:, :3] - expected[:, :3], torch.einsum("bihw,io->bohw", x, mix))
+    assert torch.equal(out[:, 3:], expected[:, 3:])
+
+
+def test_a_mix_of_the_input_starts_at_zero_and_learns_to_copy():
+    """What no layer before it does: the identity, whatever the scale of the picture."""
+    unet = UNet(3, 3, 16, (1, 2), 1, mix_input=True)
+    x, t = inputs()
+    assert not unet(x, t).any()
+    (unet(x, t) - x).square().mean().backward()
+    assert unet.input_mix is not None and unet.input_mix.bias.grad is not None
+    gradient = unet.input_mix.bias.grad.view(3, 3)
+    assert (gradient.diagonal() < 0).all()
+    assert gradient.diagonal().abs().min() > 2 * (gradient - gradient.diagonal().diag()).abs().max()
+
+
+@pytest.mark.parametrize("mix_input", [False, True])
 @pytest.mark.parametrize("time_conditioning", ["scale_shift", "additive"])
 @torch.no_grad()
-def test_times_of_a_whole_run_are_those_of_each_step(time_conditioning):
-    unet = randomised(time_conditioning=time_conditioning)
+def test_times_of_a_whole_run_are_those_of_each_step(time_conditioning, mix_input):
+    unet = randomised(time_conditioning=time_conditioning, mix_input=mix_input)
     x, _ = inputs(b=2)
     addend = torch.randn(2, unet.time_dim)
     for given in (addend, None):

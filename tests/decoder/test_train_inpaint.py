@@ -66,18 +66,21 @@ def inputs(b: int = 3):
 
 @pytest.mark.parametrize("patch_size", [1, 2])
 @pytest.mark.parametrize("sketch_side", [None, 8])
+@pytest.mark.parametrize(("mix_input", "mixed"), [(False, False), (True, True), (False, True)])
 def test_it_starts_as_the_trained_decoder_whatever_is_known(
-    tmp_path: Path, patch_size: int, sketch_side: int | None, shown
+    tmp_path: Path, patch_size: int, sketch_side: int | None, mix_input: bool, mixed: bool, shown
 ):
-    sizes = {"patch_size": patch_size, "sketch_side": sketch_side}
-    plain, tuned = randomised(**sizes), randomised(**sizes, inpaint=True)
+    """mix_input, mixed: whether the trained one and the tuned one add their input to the output."""
+    sizes = {"patch_size": patch_size, "sketch_side": sketch_side, "mix_input": mix_input}
+    plain, tuned = randomised(**sizes), randomised(**sizes | {"mix_input": mixed}, inpaint=True)
     plain.save_pretrained(tmp_path)
     start_from(tuned, str(tmp_path))
     x_t, t, conditions = inputs()
     with torch.no_grad():
         expected = plain(x_t, t, **conditions)
         for known in (None, shown(3)):
-            assert torch.equal(tuned(x_t, t, **conditions, known=known), expected)
+            error = (tuned(x_t, t, **conditions, known=known) - expected).abs().max()
+            assert error <= (1e-6 if mix_input else 0)  # a longer sum of the same and zeros rounds otherwise
     count = plain.unet.input.weight.shape[1]
     assert tuned.unet.input.weight.shape[1] == count + 4 * patch_size**2
     output, _ = tuned(x_t, t, return_sketch=True, **conditions, known=shown(3))

@@ -23,7 +23,8 @@ from torch import nn
 from unclip.core.files import replace_folder, whole_folder
 
 EMA_FILE = "ema.safetensors"
-INPUT = "unet.input.weight"
+# Weights of a U-Net that start at zero where a trained one has fewer input channels, and the dimension these stand in.
+INPUTS = {"unet.input.weight": 1, "unet.input_mix.weight": 0, "unet.input_mix.bias": 0}
 
 
 def export(model: Any, folder: Path) -> None:
@@ -71,7 +72,7 @@ def check_same(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> N
 
 
 def start_from(model: Any, folder: str | None) -> None:
-    """Gives a network the weights of a trained one of its kind; input channels that one lacks start at zero.
+    """Gives a network the weights of a trained one of its kind; input channels and a mix that it lacks start at zero.
 
     folder: a training's output, or the network's own folder; None changes nothing. Raises FileNotFoundError where there
     is none, ValueError where another network is.
@@ -82,9 +83,11 @@ def start_from(model: Any, folder: str | None) -> None:
     if path is None:
         raise FileNotFoundError(f"{folder} holds no trained network; give as start the output folder of a training.")
     trained, ours = type(model).from_pretrained(path).state_dict(), model.state_dict()
-    if INPUT in trained and INPUT in ours:
-        lacking = ours[INPUT].shape[1] - trained[INPUT].shape[1]
-        trained[INPUT] = nn.functional.pad(trained[INPUT], (0, 0, 0, 0, 0, max(0, lacking)))
+    for name, dim in INPUTS.items():
+        if name in ours:
+            have = trained.get(name, ours[name].narrow(dim, 0, 0))
+            lacking = max(0, ours[name].shape[dim] - have.shape[dim])
+            trained[name] = torch.cat([have, torch.zeros_like(ours[name]).narrow(dim, 0, lacking)], dim)
     _check_fits(path, trained, ours)
     model.load_state_dict(trained)
 

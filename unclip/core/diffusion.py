@@ -9,7 +9,7 @@ A network predicts one of three, each of which gives the others together with x_
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDPMScheduler
@@ -17,7 +17,7 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-Weighting = Literal["none", "min_snr"]
+Weighting = Literal["none", "min_snr", "snr_plus_one"]
 
 
 def make_scheduler(
@@ -209,19 +209,19 @@ class Diffusion:
     def loss_weight(self, t: Tensor, weighting: Weighting = "none", gamma: float = 5.0) -> Tensor:
         """Weight of the squared error of this parametrisation, (b,).
 
-        "min_snr" (Hang et al. 2023): min(SNR, γ) in x0 space; an error in x0 is √SNR times as large in ε and
-        √(SNR + 1) times in v.
+        In x0 space, "min_snr" (Hang et al. 2023) is min(SNR, γ), which leaves what is almost all noise almost out;
+        "snr_plus_one" (Salimans & Ho 2022) is min(SNR + 1, γ). An error in x0 is √SNR times as large in ε and
+        √(SNR + 1) times in v. Raises ValueError for another name.
         """
         if weighting == "none":
             return torch.ones(t.shape, device=t.device)
-        if weighting != "min_snr":
-            raise ValueError(f"weighting {weighting!r} is unknown, expected 'none' or 'min_snr'")
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"weighting {weighting!r} is unknown, expected one of {', '.join(get_args(Weighting))}")
         snr = self.snr(t)
+        weight = (snr + (weighting == "snr_plus_one")).clamp(max=gamma)
         if self.prediction_type == "epsilon":
-            return (gamma / snr).clamp(max=1)
-        if self.prediction_type == "sample":
-            return snr.clamp(max=gamma)
-        return snr.clamp(max=gamma) / (snr + 1)
+            return weight / snr
+        return weight if self.prediction_type == "sample" else weight / (snr + 1)
 
     def loss(
         self,

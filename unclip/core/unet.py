@@ -151,7 +151,9 @@ class UNet(nn.Module):
     pixels into channels first and unfolds them last: h and w must be divisible by
     `patch_size · 2^(levels − 1)`. `learned_variance` doubles the output: (prediction | variance) along channels.
     `context_width` None means attention of pixels to pixels only. `time_dim` is the width of the time embedding,
-    4 times `model_channels` unless given; `norm_groups` is explained at `layers.group_norm`.
+    4 times `model_channels` unless given; `norm_groups` is explained at `layers.group_norm`. `mix_input` adds the input
+    to the prediction, each channel times a number that the time embedding gives and that starts at zero: the last norm
+    hides how large values are, so that a network which predicts x0 copies badly what it was shown without it.
     """
 
     def __init__(
@@ -171,12 +173,13 @@ class UNet(nn.Module):
         learned_variance: bool = False,
         time_dim: int | None = None,
         norm_groups: int | None = None,
+        mix_input: bool = False,
     ):
         super().__init__()
         levels = len(channel_multipliers)
         counts = [num_res_blocks] * levels if isinstance(num_res_blocks, int) else list(num_res_blocks)
         check_arguments(channel_multipliers, counts, attention_levels, time_conditioning, patch_size)
-        self.in_channels = in_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.patch_size = patch_size
         self.multiple = patch_size * 2 ** (levels - 1)
         self.time_dim = time_dim or 4 * model_channels
@@ -206,6 +209,7 @@ class UNet(nn.Module):
         # One matrix for the time projections of all residual blocks: one product a step in place of dozens.
         self.time_widths = [[b.time_channels for b in stage.res_blocks()] for stage in self.stages()]
         self.time_projection = Linear(self.time_dim, sum(map(sum, self.time_widths)))
+        self.input_mix = zero_init(Linear(self.time_dim, in_channels * out_channels)) if mix_input else None
 
     def stages(self) -> list[Stage]:
         """All stages in the order in which they run."""
@@ -220,12 +224,17 @@ class UNet(nn.Module):
         return tuple(layer.project_context(tokens) for layer in self.attention_layers())
 
     def project_time(self, t: Tensor, addend: Tensor | None) -> Tensor:
-        """Time projections of all residual blocks, (…, time_channels of all), of t (n,) and addend (…, time_dim)."""
+        """Time projections of all residual blocks, (…, time_channels of all), of t (n,) and addend (…, time_dim); the
+        mix of input channels, (…, in_channels · out_channels), comes after them where there is one."""
         sines = self.time_steps(t).to(self.time_projection.weight.dtype)
         embedding = self.time_embedding(sines)  # n time_dim
         if addend is not None:
             embedding = embedding + addend
-        return self.time_projection(F.silu(embedding))
+        embedding = F.silu(embedding)
+        projections = self.time_projection(embedding)
+        if self.input_mix is None:
+            return projections
+        return torch.cat([projections, self.input_mix(embedding)], dim=-1)
 
     def at_steps(self, steps: Sequence[int], addend: Tensor | None, batch: int) -> Times | None:
         """What `forward` takes as `times`, for the steps of a run; None where that is too much to keep."""
@@ -255,7 +264,9 @@ class UNet(nn.Module):
         if t.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; expected one step per picture: ({x.shape[0]},)")
         projections = self.project_time(t, addend) if times is None else times.at(t)
-        parts = iter(projections.split([width for widths in self.time_widths for width in widths], dim=1))
+        widths = [width for widths in self.time_widths for width in widths]
+        *parts, mix = projections.split([*widths, projections.shape[1] - sum(widths)], dim=1)
+        parts = iter(parts)
         remaining = iter([[next(parts) for _ in widths] for widths in self.time_widths])
         contexts = iter(keys_values or ())
         h = self.input(fold(x, self.patch_size).contiguous(memory_format=torch.channels_last))  # b c h w
@@ -267,7 +278,16 @@ class UNet(nn.Module):
             h = self.run(stage, h, remaining, contexts, mask)
         for stage in self.up:
             h = self.run(stage, torch.cat([h, skips.pop()], dim=1), remaining, contexts, mask)
-        return unfold(self.output(silu(self.norm(h))), self.patch_size)
+        output = unfold(self.output(silu(self.norm(h))), self.patch_size)
+        return output if self.input_mix is None else self.add_input(output, x, mix)
+
+    def add_input(self, output: Tensor, x: Tensor, mix: Tensor) -> Tensor:
+        """The output (b, c, h, w) with the input x (b, i, h, w) in its prediction, by mix (b, i · out_channels)."""
+        mix = mix.unflatten(1, (self.in_channels, self.out_channels))
+        mixed = torch.einsum("b i h w, b i o -> b o h w", x.to(mix.dtype), mix)
+        if output.shape[1] == self.out_channels:
+            return output + mixed
+        return torch.cat([output[:, : self.out_channels] + mixed, output[:, self.out_channels :]], dim=1)
 
     def run(self, stage, h: Tensor, times, contexts, mask: Tensor | None) -> Tensor:
         """Runs one stage on the next of the time projections and contexts; recomputes it backward if asked to."""

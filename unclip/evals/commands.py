@@ -25,6 +25,7 @@ from unclip.options import (
 
 CORPUS = Path("corpora/emoji-64")
 EmojiCorpus = Annotated[Path, typer.Option(help="Folder of the emoji corpus.")]
+BothWays = Annotated[float, typer.Option("--guidance", help="The decoder's guidance scale, both ways.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Where the figures go too.")]
 
 evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
@@ -142,7 +143,7 @@ def inversion(
     split: Annotated[str, typer.Option(help="Of the corpus; held out, if it is to say anything.")] = "test-pair",
     count: Annotated[int, typer.Option(help="How many drawings.")] = 100,
     steps: Annotated[str, typer.Option(help="Numbers of steps, between commas.")] = "25,50,100",
-    guidance: Annotated[float, typer.Option(help="The decoder's guidance scale, both ways.")] = 1.0,
+    guidance: BothWays = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Json = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG of pictures beside their reconstructions.")] = None,
@@ -173,6 +174,7 @@ def variations(
     count: Annotated[int, typer.Option(help="How many drawings, and pairs of them.")] = 50,
     seeds: Annotated[int, typer.Option(help="How many variations of each drawing.")] = 2,
     steps: Annotated[int, typer.Option(help="The decoder's.")] = 100,
+    guidance: BothWays = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Json = None,
     device: Devices = Device.auto,
@@ -186,7 +188,9 @@ def variations(
 
     quiet_libraries()
     with closing(Bars()) as bars:
-        figures = evaluate(model, corpus, split, count, seeds, steps, seed, json_file, device.value, dtype.value, bars)
+        figures = evaluate(
+            model, corpus, split, count, seeds, steps, guidance, seed, json_file, device.value, dtype.value, bars
+        )
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -224,6 +228,7 @@ def edits(
     count: Annotated[int, typer.Option(help="How many text diffs, half of colours and half of shapes.")] = 100,
     strengths: Annotated[str, typer.Option(help="Between commas.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6",
     steps: Annotated[int, typer.Option(help="The decoder's.")] = 100,
+    guidance: BothWays = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Json = None,
     device: Devices = Device.auto,
@@ -238,7 +243,9 @@ def edits(
 
     quiet_libraries()
     with closing(Bars()) as bars:
-        figures = evaluate_edits(model, count, values, steps, seed, json_file, device.value, dtype.value, bars)
+        figures = evaluate_edits(
+            model, count, values, steps, guidance, seed, json_file, device.value, dtype.value, bars
+        )
     typer.echo(json.dumps(figures, indent=1))
 
 

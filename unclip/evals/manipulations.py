@@ -156,6 +156,7 @@ def evaluate(
     count: int = 50,
     seeds: int = 2,
     steps: int = 100,
+    guidance_scale: float = 1.0,
     seed: int = 0,
     json_path: Path | None = None,
     device: str | None = None,
@@ -175,14 +176,14 @@ def evaluate(
     folder, name = find_model(model)
     real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed)
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    latents = pipe.invert(to_images(real.pictures(rows)), steps, callback=callback)
+    latents = pipe.invert(to_images(real.pictures(rows)), steps, guidance_scale, callback=callback)
     sources = [latents.row(i) for i in range(count)]
-    options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
+    options = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "size": SIDE, "callback": callback}
     again = reconstructions(pipe, sources, **options)
     varied = measure_variations(pipe, sources, again, rows, gallery, judge, seeds=seeds, **options)
     ways = measure_interpolations(pipe, sources, again, gallery.features[rows], judge, gallery.centre, **options)
-    figures = {"model": name, "dtype": dtype_of(pipe), "split": split, "steps": steps, "seed": seed}
-    figures |= {"variations": varied, "interpolations": ways}
+    figures = {"model": name, "dtype": dtype_of(pipe), "split": split, "steps": steps, "guidance_scale": guidance_scale}
+    figures |= {"seed": seed, "variations": varied, "interpolations": ways}
     if json_path is not None:
         write_json(figures, json_path)
     return figures
@@ -256,6 +257,7 @@ def evaluate_edits(
     count: int = 100,
     strengths: Sequence[float] = STRENGTHS,
     steps: int = 100,
+    guidance_scale: float = 1.0,
     seed: int = 0,
     json_path: Path | None = None,
     device: str | None = None,
@@ -268,9 +270,9 @@ def evaluate_edits(
     if count < 2:
         raise ValueError(f"count={count} came; give at least 2, half to change their colour and half their shape.")
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    options = {"seed": seed, "steps": steps, "size": SIDE, "callback": callback}
-    figures = {"model": pipe.model_name, "dtype": dtype_of(pipe), "steps": steps, "seed": seed}
-    figures |= measure_edits(pipe, choose_edits(count, seed), strengths, **options)
+    options = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "size": SIDE, "callback": callback}
+    figures = {"model": pipe.model_name, "dtype": dtype_of(pipe), "steps": steps, "guidance_scale": guidance_scale}
+    figures |= {"seed": seed} | measure_edits(pipe, choose_edits(count, seed), strengths, **options)
     if json_path is not None:
         write_json(figures, json_path)
     return figures
