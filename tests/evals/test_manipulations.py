@@ -19,6 +19,7 @@ from unclip.evals.manipulations import (
     evaluate,
     measure_edits,
     measure_interpolations,
+    measure_scenes,
     measure_variations,
     rank_correlation,
     reconstructions,
@@ -169,6 +170,30 @@ def test_text_diffs_are_scored_by_what_is_read() -> None:
     assert score(edits, unchanged) == {"changed": 0.0, "kept": 1.0, "both": 0.0, "refused": 0.0}
     assert score(edits, done) == {"changed": 1.0, "kept": 1.0, "both": 1.0, "refused": 0.0}
     assert score(edits, spoilt) == {"changed": 0.5, "kept": 0.0, "both": 0.0, "refused": 0.5}
+
+
+class Scribe:
+    """Redraws a scene's picture as it is, and at η = 1 and odd seeds as another scene's."""
+
+    def __init__(self, other: Scene) -> None:
+        self.other = pixels_from_pil([draw(other, 64)])
+
+    def invert(self, picture: Any, **_: Any) -> Any:
+        return picture
+
+    def vary(self, picture: Any, n: int, eta: float, seed: int, **_: Any) -> Any:
+        again = pixels_from_pil([picture])
+        return SimpleNamespace(images=torch.cat([self.other if eta and (seed + i) % 2 else again for i in range(n)]))
+
+
+def test_variations_of_scenes_are_counted_by_what_is_read() -> None:
+    scene = Scene("circle", "red", "large", "middle")
+    scribe: Any = Scribe(scene._replace(colour="blue"))
+    found = measure_scenes(scribe, [scene, scene._replace(shape="star")], seeds=3, seed=0)
+    assert (found["reconstructions"], found["variations"], found["of"]) == (1.0, 0.5, 6)  # seeds 0, 1, 2 and 3, 4, 5
+    assert found["kept"] == 0.5
+    found = measure_scenes(scribe, [scene._replace(colour="blue")], seeds=3)
+    assert found["kept"] == 1.0
 
 
 def test_edits_change_what_they_say_and_nothing_else() -> None:

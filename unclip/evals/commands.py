@@ -227,6 +227,7 @@ def edits(
     model: Annotated[str, typer.Option(help="Folder of a model of the shapes world.")] = "runs/shapes/model",
     count: Annotated[int, typer.Option(help="How many text diffs, half of colours and half of shapes.")] = 100,
     strengths: Annotated[str, typer.Option(help="Between commas.")] = "0,0.1,0.2,0.3,0.4,0.5,0.6",
+    seeds: Annotated[int, typer.Option(help="How many variations of each scene, too.")] = 2,
     steps: Annotated[int, typer.Option(help="The decoder's.")] = 100,
     guidance: BothWays = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
@@ -234,7 +235,8 @@ def edits(
     device: Devices = Device.auto,
     dtype: DTypes = DType.fp32,
 ) -> None:
-    """How often a text diff changes what it names and leaves the rest, read by a program in the shapes world."""
+    """How often a text diff changes what it names and leaves the rest, and how often variations leave all; read by a
+    program in the shapes world."""
     from unclip.pictures import check_file
 
     check_file(json_file, "--json")
@@ -244,7 +246,7 @@ def edits(
     quiet_libraries()
     with closing(Bars()) as bars:
         figures = evaluate_edits(
-            model, count, values, steps, guidance, seed, json_file, device.value, dtype.value, bars
+            model, count, values, seeds, steps, guidance, seed, json_file, device.value, dtype.value, bars
         )
     typer.echo(json.dumps(figures, indent=1))
 

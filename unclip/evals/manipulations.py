@@ -77,19 +77,21 @@ def measure_variations(
     before = gallery.ranks(featurize(to_bytes(again)), rows)
     after = gallery.ranks(featurize(to_bytes(torch.cat(drawn))), rows.repeat_interleave(seeds)).view(-1, seeds)
     figures: dict[str, Any] = {"count": len(sources), "seeds": seeds, "eta": eta}
-    for k in (1, 5):
-        right, still = before < k, after < k
-        drawings = int(right.sum())
-        rate = float(still[right].float().mean()) if drawings else None
-        figures[f"top{k}"] = {
-            "reconstructions": round(float(right.float().mean()), 4),
-            "variations": round(float(still.float().mean()), 4),
-            "kept": None if rate is None else round(rate, 4),
-            "kept_interval": None if rate is None else wilson(rate, drawings),
-            "of": drawings * seeds,
-            "drawings": drawings,
-        }
-    return figures
+    return figures | {f"top{k}": keep_rate(before < k, after < k) for k in (1, 5)}
+
+
+def keep_rate(right: Tensor, still: Tensor) -> dict[str, Any]:
+    """The table of variations: right (n,) bool says which reconstructions are, still (n, seeds) which variations."""
+    drawings = int(right.sum())
+    rate = float(still[right].float().mean()) if drawings else None
+    return {
+        "reconstructions": round(float(right.float().mean()), 4),
+        "variations": round(float(still.float().mean()), 4),
+        "kept": None if rate is None else round(rate, 4),
+        "kept_interval": None if rate is None else wilson(rate, drawings),
+        "of": drawings * still.shape[1],
+        "drawings": drawings,
+    }
 
 
 def measure_interpolations(
@@ -252,10 +254,27 @@ def measure_edits(
     return {"count": len(edits), "best": best, "strengths": table}
 
 
+def measure_scenes(pipe: UnCLIP, scenes: Sequence[Scene], seeds: int = 2, **options: Any) -> dict[str, Any]:
+    """`keep_rate` of pictures of scenes: is what η = 0 draws of each, and its variations at η = 1, read as the scene's
+    shape and colour? seeds: how many variations of each.
+    """
+    first, found = options.pop("seed", 0), []
+    for i, scene in enumerate(scenes):
+        steps = {name: options[name] for name in ("steps", "guidance_scale", "callback") if name in options}
+        latent = pipe.invert(draw(scene, SIDE), **steps)
+        x = [reconstructions(pipe, [latent], seed=first, **options)]
+        x += [cast(Tensor, pipe.vary(latent, seeds, 1.0, seed=first + i * seeds, output_type="pt", **options).images)]
+        readings = [read(picture) for picture in torch.cat(x)]
+        found.append([r is not None and (r.shape, r.colour) == (scene.shape, scene.colour) for r in readings])
+    right = torch.tensor(found)
+    return {"count": len(scenes), "seeds": seeds, "eta": 1.0} | keep_rate(right[:, 0], right[:, 1:])
+
+
 def evaluate_edits(
     model: str | None,
     count: int = 100,
     strengths: Sequence[float] = STRENGTHS,
+    seeds: int = 2,
     steps: int = 100,
     guidance_scale: float = 1.0,
     seed: int = 0,
@@ -264,15 +283,23 @@ def evaluate_edits(
     dtype: DTypeName | None = None,
     callback: Callback | None = None,
 ) -> dict[str, Any]:
-    """`unclip evals edits`: text diffs of a model of the shapes world. Raises ValueError, FileNotFoundError."""
+    """`unclip evals edits`: text diffs of a model of the shapes world, and variations of the same scenes.
+
+    seeds: variations of each scene, 0 for none. Raises ValueError, FileNotFoundError.
+    """
     from unclip.pipeline import UnCLIP
 
     if count < 2:
         raise ValueError(f"count={count} came; give at least 2, half to change their colour and half their shape.")
+    if seeds < 0:
+        raise ValueError(f"seeds={seeds} came; give how many variations of each scene are drawn, 0 for none.")
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     options = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "size": SIDE, "callback": callback}
     figures = {"model": pipe.model_name, "dtype": dtype_of(pipe), "steps": steps, "guidance_scale": guidance_scale}
-    figures |= {"seed": seed} | measure_edits(pipe, choose_edits(count, seed), strengths, **options)
+    edits = choose_edits(count, seed)
+    figures |= {"seed": seed} | measure_edits(pipe, edits, strengths, **options)
+    if seeds:
+        figures["variations"] = measure_scenes(pipe, [edit.scene for edit in edits], seeds, **options)
     if json_path is not None:
         write_json(figures, json_path)
     return figures
