@@ -25,7 +25,7 @@ Picture = str | Path | Image.Image
 Source = Picture | Latent  # a string is the path of a picture where it looks like one, else a caption
 STEPS = 100
 # Of all steps. Below, what a network calls noise in a clean picture is its own error over a σ close to 0: docs/log.md.
-LOWEST = 0.04
+LOWEST = 0.08
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
