@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from unclip.core.checkpoint import INPUT
 from unclip.core.data import pixels_from_pil
 from unclip.core.diffusion import PREDICTION_TYPES, Diffusion, make_scheduler
 from unclip.core.masks import known_channels
@@ -21,6 +20,9 @@ from unclip.pipeline import UnCLIP
 from unclip.stages import Known, keeping
 
 CAPTION = "a red apple"
+
+
+INPUT = "unet.input.weight"
 
 
 @pytest.fixture(scope="module")
