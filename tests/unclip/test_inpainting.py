@@ -20,8 +20,6 @@ from unclip.pipeline import UnCLIP
 from unclip.stages import Known, keeping
 
 CAPTION = "a red apple"
-
-
 INPUT = "unet.input.weight"
 
 
