@@ -132,17 +132,26 @@ class Decoder(ModelMixin, ConfigMixin):
         self.context_z_i = nn.Linear(z_i_width, z_i_tokens * context_width)
         self.context_norm = nn.LayerNorm(context_width)
         if text_width is not None:
-            self.add_text(text_width, z_t_width, context_width, time_dim)
-            self.text_blocks = nn.ModuleList(Block(context_width, text_heads, dropout) for _ in range(text_layers))
+            self.add_text(text_width, z_t_width, context_width, time_dim, text_layers, text_heads, dropout)
         self.sketch = None if sketch_side is None else Sketch(time_dim, sketch_width, in_channels, sketch_side)
 
-    def add_text(self, text_width: int, z_t_width: int | None, context_width: int, time_dim: int) -> None:
+    def add_text(
+        self,
+        text_width: int,
+        z_t_width: int | None,
+        context_width: int,
+        time_dim: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+    ) -> None:
         """Makes the layers by which the caption enters."""
         self.context_text = nn.Linear(text_width, context_width)
         if z_t_width is None:
             self.time_text = nn.Linear(context_width, time_dim)
         else:
             self.time_z_t = nn.Linear(z_t_width, time_dim)
+        self.text_blocks = nn.ModuleList(Block(context_width, heads, dropout) for _ in range(layers))
 
     def encode_context(
         self,

@@ -14,7 +14,7 @@ from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_em
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.diffusion import Diffusion, Weighting, make_scheduler
+from unclip.core.diffusion import Diffusion, PredictionType, Weighting, make_scheduler
 from unclip.core.masks import known_channels, random_masks
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
@@ -31,7 +31,7 @@ class DecoderConfig:
     validation: DataConfig | None = None
     start: str | None = None  # folder of a trained decoder to start from; input channels it lacks start at zero
     schedule: Literal["cosine", "linear"] = "cosine"
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction: PredictionType = "epsilon"
     weighting: Weighting = "none"
     gamma: float = 5.0  # the largest weight, in x0 space
     lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned

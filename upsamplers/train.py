@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
-from unclip.core.diffusion import Diffusion, Weighting, make_scheduler
+from unclip.core.diffusion import Diffusion, PredictionType, Weighting, make_scheduler
 from unclip.core.masks import known_channels, random_masks
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
@@ -33,7 +33,7 @@ class UpsamplerConfig:
     validation: DataConfig | None = None
     start: str | None = None  # folder of a trained upsampler to start from; input channels it lacks start at zero
     schedule: Literal["cosine", "linear"] = "cosine"
-    prediction: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    prediction: PredictionType = "epsilon"
     weighting: Weighting = "none"
     gamma: float = 5.0  # the largest weight, in x0 space
     lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned

@@ -178,10 +178,7 @@ class Scribe:
     def __init__(self, other: Scene) -> None:
         self.other = pixels_from_pil([draw(other, 64)])
 
-    def invert(self, picture: Any, **_: Any) -> Any:
-        return picture
-
-    def vary(self, picture: Any, n: int, eta: float, seed: int, **_: Any) -> Any:
+    def vary(self, picture: Any, n: int, eta: float, seed: int = 0, **_: Any) -> Any:
         again = pixels_from_pil([picture])
         return SimpleNamespace(images=torch.cat([self.other if eta and (seed + i) % 2 else again for i in range(n)]))
 
@@ -189,10 +186,12 @@ class Scribe:
 def test_variations_of_scenes_are_counted_by_what_is_read() -> None:
     scene = Scene("circle", "red", "large", "middle")
     scribe: Any = Scribe(scene._replace(colour="blue"))
-    found = measure_scenes(scribe, [scene, scene._replace(shape="star")], seeds=3, seed=0)
+    scenes = [scene, scene._replace(shape="star")]
+    found = measure_scenes(scribe, scenes, [draw(s, 64) for s in scenes], seeds=3, seed=0)
     assert (found["reconstructions"], found["variations"], found["of"]) == (1.0, 0.5, 6)  # seeds 0, 1, 2 and 3, 4, 5
     assert found["kept"] == 0.5
-    found = measure_scenes(scribe, [scene._replace(colour="blue")], seeds=3)
+    blue = scene._replace(colour="blue")
+    found = measure_scenes(scribe, [blue], [draw(blue, 64)], seeds=3)
     assert found["kept"] == 1.0
 
 
@@ -206,7 +205,9 @@ def test_edits_change_what_they_say_and_nothing_else() -> None:
 
 def test_the_measures_run_on_a_model(pipe: UnCLIP) -> None:
     options = {"steps": 2, "size": 16, "seed": 0}  # of larger ones the first is rounded to bytes, by chance up or down
-    found = measure_edits(pipe, choose_edits(2), (0.0, 0.5), **options | {"size": 64})
+    edits = choose_edits(2)
+    sources = [draw(edit.scene, 64) for edit in edits]
+    found = measure_edits(pipe, edits, sources, (0.0, 0.5), **options | {"size": 64})
     assert list(found["strengths"]) == ["0", "0.5"]
     assert found["best"] in found["strengths"]
     pictures = [draw(edit.scene) for edit in choose_edits(3)]

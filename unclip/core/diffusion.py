@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 Weighting = Literal["none", "min_snr", "snr_plus_one"]
 
 
@@ -211,7 +211,8 @@ class Diffusion:
 
         In x0 space, "min_snr" (Hang et al. 2023) is min(SNR, γ), which leaves what is almost all noise almost out;
         "snr_plus_one" (Salimans & Ho 2022) is min(SNR + 1, γ). An error in x0 is √SNR times as large in ε and
-        √(SNR + 1) times in v. Raises ValueError for another name.
+        √(SNR + 1) times in v: said of ε, "snr_plus_one" would weigh the noisiest steps without bound. Raises ValueError
+        for another name.
         """
         if weighting == "none":
             return torch.ones(t.shape, device=t.device)

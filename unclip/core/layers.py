@@ -75,13 +75,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     # In bf16 a CPU's fused kernel takes longer than plain products over as many scores as its caches hold.
     rows, m = min(q.shape[2], QUERIES), k.shape[2]
     at_once = max(1, round(SCORES / (rows * m)))  # heads
-    hidden = None if mask is None else ~mask.repeat_interleave(q.shape[1], 0)[:, None]  # (b heads) 1 l
-    queries = (q * q.shape[-1] ** -0.5).flatten(0, 1)  # (b heads) n c
-    keys, values = k.mT.flatten(0, 1), v.flatten(0, 1)  # (b heads) c m, (b heads) m c
-    room = None if torch.is_grad_enabled() else q.new_empty(min(at_once, len(queries)), rows, m)
+    queries = (q * q.shape[-1] ** -0.5).flatten(0, 1).split(at_once)  # (b heads) n c
+    keys, values = k.mT.flatten(0, 1).split(at_once), v.flatten(0, 1).split(at_once)  # (b heads) c m, (b heads) m c
+    hidden = [None] * len(queries)
+    if mask is not None:
+        hidden = (~mask.repeat_interleave(q.shape[1], 0)[:, None]).split(at_once)  # (b heads) 1 l
+    room = None if torch.is_grad_enabled() else q.new_empty(len(queries[0]), rows, m)
     parts = []
-    for some, to, of in zip(queries.split(at_once), keys.split(at_once), values.split(at_once), strict=True):
-        blind = None if hidden is None else hidden[len(parts) * at_once :][: len(some)]
+    for some, to, of, blind in zip(queries, keys, values, hidden, strict=True):
         parts.append(torch.cat([_attend(x, to, of, blind, room) for x in some.split(rows, 1)], 1))
     return torch.cat(parts).unflatten(0, q.shape[:2])
 

@@ -264,9 +264,8 @@ class UNet(nn.Module):
         if t.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; expected one step per picture: ({x.shape[0]},)")
         projections = self.project_time(t, addend) if times is None else times.at(t)
-        widths = [width for widths in self.time_widths for width in widths]
-        *parts, mix = projections.split([*widths, projections.shape[1] - sum(widths)], dim=1)
-        parts = iter(parts)
+        blocks, mix = projections.tensor_split([self.time_projection.out_features], dim=1)
+        parts = iter(blocks.split([width for widths in self.time_widths for width in widths], dim=1))
         remaining = iter([[next(parts) for _ in widths] for widths in self.time_widths])
         contexts = iter(keys_values or ())
         h = self.input(fold(x, self.patch_size).contiguous(memory_format=torch.channels_last))  # b c h w

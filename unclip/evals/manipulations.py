@@ -51,6 +51,17 @@ def reconstructions(pipe: UnCLIP, sources: Sequence[Source], **options: Any) -> 
     return torch.cat([cast(Tensor, pipe.vary(s, 1, 0.0, output_type="pt", **options).images) for s in sources])
 
 
+def draw_variations(
+    pipe: UnCLIP, sources: Sequence[Source], seeds: int, eta: float, seed: int = 0, **options: Any
+) -> Tensor:
+    """`seeds` variations of each of n pictures or latents, of successive seeds, (n · seeds, 3, size, size)."""
+    firsts = range(seed, seed + len(sources) * seeds, seeds)
+    varied = (
+        pipe.vary(s, seeds, eta, seed=i, output_type="pt", **options) for s, i in zip(sources, firsts, strict=True)
+    )
+    return torch.cat([cast(Tensor, output.images) for output in varied])
+
+
 def measure_variations(
     pipe: UnCLIP,
     sources: Sequence[Source],
@@ -69,13 +80,10 @@ def measure_variations(
     the `of` variations of those `drawings` whose reconstruction is right, None where there are none, and its 95 %
     interval (Wilson's, at the number of drawings).
     """
-    first, rows = options.pop("seed", 0), torch.tensor(list(index))
-    drawn = [
-        cast(Tensor, pipe.vary(source, seeds, eta, seed=first + i * seeds, output_type="pt", **options).images)
-        for i, source in enumerate(sources)
-    ]
+    rows = torch.tensor(list(index))
+    drawn = draw_variations(pipe, sources, seeds, eta, **options)
     before = gallery.ranks(featurize(to_bytes(again)), rows)
-    after = gallery.ranks(featurize(to_bytes(torch.cat(drawn))), rows.repeat_interleave(seeds)).view(-1, seeds)
+    after = gallery.ranks(featurize(to_bytes(drawn)), rows.repeat_interleave(seeds)).view(-1, seeds)
     figures: dict[str, Any] = {"count": len(sources), "seeds": seeds, "eta": eta}
     return figures | {f"top{k}": keep_rate(before < k, after < k) for k in (1, 5)}
 
@@ -232,16 +240,21 @@ def score(edits: Sequence[Edit], readings: Sequence[Reading | None]) -> dict[str
 
 
 def measure_edits(
-    pipe: UnCLIP, edits: Sequence[Edit], strengths: Sequence[float] = STRENGTHS, **options: Any
+    pipe: UnCLIP,
+    edits: Sequence[Edit],
+    sources: Sequence[Source],
+    strengths: Sequence[float] = STRENGTHS,
+    **options: Any,
 ) -> dict[str, Any]:
     """`score` at each strength, for all edits and for those of each part; `best`: where changed and kept both are high.
 
+    sources: pictures of the edits' scenes, or their latents.
     The best single strength is the one at which the lower of the two rates is highest.
     """
     readings: list[list[Reading | None]] = []
-    for edit in edits:
+    for edit, source in zip(edits, sources, strict=True):
         before, after = edit.captions
-        drawn = pipe.edit(draw(edit.scene, SIDE), after, before, strengths, output_type="pt", **options)
+        drawn = pipe.edit(source, after, before, strengths, output_type="pt", **options)
         readings.append([read(x) for x in cast(Tensor, drawn.images)])
     table = {}
     for i, strength in enumerate(strengths):
@@ -254,20 +267,21 @@ def measure_edits(
     return {"count": len(edits), "best": best, "strengths": table}
 
 
-def measure_scenes(pipe: UnCLIP, scenes: Sequence[Scene], seeds: int = 2, **options: Any) -> dict[str, Any]:
-    """`keep_rate` of pictures of scenes: is what η = 0 draws of each, and its variations at η = 1, read as the scene's
-    shape and colour? seeds: how many variations of each.
+def measure_scenes(
+    pipe: UnCLIP, scenes: Sequence[Scene], sources: Sequence[Source], seeds: int = 2, **options: Any
+) -> dict[str, Any]:
+    """`keep_rate` of scenes: is what η = 0 draws of each, and its variations at η = 1, read as its shape and colour?
+
+    sources: pictures of the scenes, or their latents; seeds: how many variations of each.
     """
-    first, found = options.pop("seed", 0), []
-    for i, scene in enumerate(scenes):
-        steps = {name: options[name] for name in ("steps", "guidance_scale", "callback") if name in options}
-        latent = pipe.invert(draw(scene, SIDE), **steps)
-        x = [reconstructions(pipe, [latent], seed=first, **options)]
-        x += [cast(Tensor, pipe.vary(latent, seeds, 1.0, seed=first + i * seeds, output_type="pt", **options).images)]
-        readings = [read(picture) for picture in torch.cat(x)]
-        found.append([r is not None and (r.shape, r.colour) == (scene.shape, scene.colour) for r in readings])
-    right = torch.tensor(found)
-    return {"count": len(scenes), "seeds": seeds, "eta": 1.0} | keep_rate(right[:, 0], right[:, 1:])
+
+    def shown(x: Tensor, times: int) -> Tensor:
+        readings = zip([read(picture) for picture in x], [s for s in scenes for _ in range(times)], strict=True)
+        return torch.tensor([r is not None and (r.shape, r.colour) == (s.shape, s.colour) for r, s in readings])
+
+    right = shown(reconstructions(pipe, sources, **options), 1)
+    still = shown(draw_variations(pipe, sources, seeds, 1.0, **options), seeds).view(-1, seeds)
+    return {"count": len(scenes), "seeds": seeds, "eta": 1.0} | keep_rate(right, still)
 
 
 def evaluate_edits(
@@ -297,9 +311,12 @@ def evaluate_edits(
     options = {"seed": seed, "steps": steps, "guidance_scale": guidance_scale, "size": SIDE, "callback": callback}
     figures = {"model": pipe.model_name, "dtype": dtype_of(pipe), "steps": steps, "guidance_scale": guidance_scale}
     edits = choose_edits(count, seed)
-    figures |= {"seed": seed} | measure_edits(pipe, edits, strengths, **options)
+    scenes = [edit.scene for edit in edits]
+    latents = pipe.invert([draw(scene, SIDE) for scene in scenes], steps, guidance_scale, callback=callback)
+    sources = [latents.row(i) for i in range(count)]
+    figures |= {"seed": seed} | measure_edits(pipe, edits, sources, strengths, **options)
     if seeds:
-        figures["variations"] = measure_scenes(pipe, [edit.scene for edit in edits], seeds, **options)
+        figures["variations"] = measure_scenes(pipe, scenes, sources, seeds, **options)
     if json_path is not None:
         write_json(figures, json_path)
     return figures
