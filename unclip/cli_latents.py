@@ -106,7 +106,15 @@ def vary(
                 typer.echo(text, err=True)
     title = f"variations of {name_of(source)}, eta = {eta:g}"
     made = shown(result, texts)
-    write(common, pipe, f"{name_of(source)} varied", title, made, {"source": source, "eta": eta}, given)
+    write(
+        common,
+        pipe,
+        f"{name_of(source)} varied",
+        title,
+        made,
+        {"source": source, "eta": eta, "keep_alpha": keep_alpha},
+        given,
+    )
 
 
 def interpolate(
@@ -146,6 +154,7 @@ def edit(
     made = shown(result, [f"strength {value:g}" for value in values])
     start = f" from “{from_caption}”" if from_caption else ""
     chunks = {"source": source, "prompt": caption, "from": from_caption or "", "strengths": strengths}
+    chunks |= {"keep_alpha": str(keep_alpha)}
     title = f"{name_of(source)}{start} to “{caption}”"
     write(common, pipe, f"{name_of(source)} to {caption}", title, made, chunks, given, gif)
 
@@ -164,7 +173,7 @@ def img2img(
     with closing(Bars()) as bars:
         result = pipe.img2img(picture, prompt, strength, num_images, keep_alpha, **common.options(bars))
     made = shown(result, [f"seed {seed}" for seed in result.seeds])
-    chunks = {"source": picture, "prompt": prompt, "strength": strength}
+    chunks = {"source": picture, "prompt": prompt, "strength": strength, "keep_alpha": keep_alpha}
     title = f"{name_of(picture)} as “{prompt}”, strength {strength:g}"
     write(common, pipe, f"{name_of(picture)} as {prompt}", title, made, chunks, given)
 
@@ -215,7 +224,15 @@ def reconstruct(
         result = pipe.reconstruct(picture, counts, keep_alpha, **common.options(bars))
     made = shown(result, [f"{count} component{'s' * (count > 1)}" for count in counts])
     title = f"{name_of(picture)} from its first components"
-    write(common, pipe, f"{name_of(picture)} components", title, made, {"source": picture}, given)
+    write(
+        common,
+        pipe,
+        f"{name_of(picture)} components",
+        title,
+        made,
+        {"source": picture, "keep_alpha": keep_alpha},
+        given,
+    )
 
 
 def study(
@@ -251,6 +268,15 @@ def given_pictures(common: Common, *sources: str) -> list[Given]:
     return [Given(pil_from_pixels(on_white(picture))[0], name_of(source)) for picture, source in found]
 
 
+def digest_of(source: object) -> str | None:
+    """Of a file that a source names, so that another picture of its name is another; None for a caption."""
+    from unclip.sources import is_path
+
+    if not isinstance(source, str) or not is_path(source):
+        return None
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
+
+
 def shown(result: "UnCLIPOutput", labels: Sequence[str]) -> list[Shown]:
     """The pictures of a result with their labels and seeds."""
     return [Shown(*row) for row in zip(result.images, labels, result.seeds, strict=True)]  # pyright: ignore[reportArgumentType]
@@ -276,7 +302,9 @@ def write(
     """Writes the pictures, then the animation and the sheet where asked, and prints their paths."""
     from unclip.pictures import made_by, picture_path, slug, write_gif, write_png
 
-    fixed = {**made_by(pipe), "operation": json.dumps(operation), "settings": json.dumps(common.named())}
+    files = {name: digest_of(operation[name]) for name in ("source", "to", "mask") if name in operation}
+    said = {**operation, **{f"{name}_sha256": digest for name, digest in files.items() if digest}}
+    fixed = {**made_by(pipe), "operation": json.dumps(said), "settings": json.dumps(common.named())}
     taken: set[Path] = set()
 
     def path_for(ending: str, chunks: dict[str, str]) -> Path:
@@ -300,6 +328,7 @@ def write(
         cells = [*given[:1], *made, *given[1:]]
         side = min(SHEET_SIDE, max(MIN_CELL, made[0].image.width))
         page = contact_sheet([[cell.image] for cell in cells], [cell.label for cell in cells], columns, side, title)
-        path = path_for("-sheet", fixed)
-        write_png(page, path, fixed)
+        chunks = {"cells": json.dumps([cell.label for cell in cells]), **fixed}
+        path = path_for("-sheet", chunks)
+        write_png(page, path, chunks)
         typer.echo(path)

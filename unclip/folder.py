@@ -231,12 +231,21 @@ def write_component(name: str, component: Any, root: Path, dtype: torch.dtype | 
         component.save_pretrained(root / name)
     else:
         if dtype is not None and dtype != component.dtype:
-            component = nn.Module.to(copy.deepcopy(component), dtype)  # diffusers' own `to` warns of nothing
+            component = cast_weights(component, dtype)
         component.save_pretrained(root / name, max_shard_size=max_shard_size)
     for path in root.rglob("*.json"):  # where it was loaded from says nothing about the model
         data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def cast_weights(component: nn.Module, dtype: torch.dtype) -> Any:
+    """A copy in `dtype`, but for what its class keeps in fp32: statistics that would lose their digits."""
+    kept = set(getattr(component, "_keep_in_fp32_modules", None) or ())
+    exact = {name: x.clone() for name, x in component.state_dict().items() if kept & set(name.split("."))}
+    component = nn.Module.to(copy.deepcopy(component), dtype)  # diffusers' own `to` warns of nothing
+    component.load_state_dict(exact, strict=False, assign=True)
+    return component
 
 
 def add_component(folder: Path, name: str, component: Any) -> Path:

@@ -60,12 +60,12 @@ def inpaint(
     resamples = check_way(pipe, method, resamples)
     plan = make_plan(pipe, options, n)
     known = read_known(image, mask, plan.size, plan.frame, margin)._replace(shown=method != "replace")
-    meant = embed_prompts(pipe, check_prompts(prompt), plan.seeds, plan.settings["prior"], plan.callback)
+    meant = embed_prompts(pipe, check_prompts(prompt), plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
     settings = plan.settings["decoder"]
     steps = resolve_timesteps(pipe.sampler("decoder", settings), settings.steps)
     settings = replace(settings, steps=resampled(steps, resamples))
     small = known.at(pipe.sizes[0])
-    x = decode_prompts(pipe, meant, plan.seeds, settings, plan.callback, known=small)
+    x = decode_prompts(pipe, meant, plan.seeds, settings, plan.callback, plan.negative, known=small)
     return finish(
         pipe, x, meant.z_i, plan.seeds, plan.size, plan.settings, plan.output_type, plan.callback, known=known
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,10 +20,10 @@ from torch import Tensor
 from unclip.arguments import Callback, check_prompts
 from unclip.clip.model import TextFeatures
 from unclip.core.diffusion import Diffusion
-from unclip.core.sampling import Seed, picture_generators, resolve_timesteps, starting_noise
+from unclip.core.sampling import Seed, resolve_timesteps
 from unclip.latents import Latent, slerp, text_difference, weighted_mean
 from unclip.presets import StageSettings
-from unclip.prompts import decode_prompts, embed_prompts
+from unclip.prompts import decode_prompts, embed_prompts, parse
 from unclip.sources import (
     STEPS,
     Frame,
@@ -31,7 +32,10 @@ from unclip.sources import (
     Plan,
     Source,
     as_pixels,
+    check_latent,
     ddim_settings,
+    draw_noise,
+    draw_x_T,
     make_plan,
     on_white,
     read_source,
@@ -89,20 +93,22 @@ def embed(pipe: UnCLIP, source: Source, plan: Plan) -> Tensor:
     """z_i (1, d) of a picture, of a caption (the prior's, at the plan's first seed), of a latent."""
     source = read_source(source)
     if isinstance(source, Latent):
-        return source.z_i
+        return check_latent(pipe, source).z_i
     if isinstance(source, Image.Image):
         return pipe.encode_image(square(source, _side_seen(pipe), plan.frame)).float().cpu()
-    return embed_prompts(pipe, [source], plan.seeds[:1], plan.settings["prior"], plan.callback).z_i.cpu()
+    settings = plan.settings["prior"]
+    return embed_prompts(pipe, [source], plan.seeds[:1], settings, plan.callback, plan.negative).z_i.cpu()
 
 
 def locate(pipe: UnCLIP, source: Source, plan: Plan) -> Latent:
     """The latent of a picture, by inversion; of a caption, the prior's z_i and x_T of the plan's first seed."""
     source = read_source(source)
     if isinstance(source, Latent):
-        return source
+        return check_latent(pipe, source)
     if isinstance(source, Image.Image):
         return invert(pipe, source, plan.ddim.steps, plan.ddim.guidance_scale, plan.frame, plan.callback)
-    return Latent(embed(pipe, source, plan), _noise(pipe, plan.seeds[:1]))
+    z_i = embed(pipe, source, plan)
+    return Latent(z_i, draw_x_T(pipe, z_i, plan.seeds[:1], plan.ddim, plan.callback))
 
 
 @torch.no_grad()
@@ -145,7 +151,8 @@ def vary(
     settings = ddim_settings(pipe, plan.ddim.steps, plan.ddim.guidance_scale, eta)
     alpha = _alpha_of(source, plan) if keep_alpha else None
     if isinstance(source, Tensor):
-        latent = Latent(source.expand(n, -1), _noise(pipe, plan.seeds))
+        z_i = source.expand(n, -1)
+        latent = Latent(z_i, draw_x_T(pipe, z_i, plan.seeds, plan.ddim, plan.callback))
     else:
         latent = locate(pipe, source, plan).repeat(n)
     x = pipe.decode(latent.z_i, None, plan.seeds, settings, plan.callback, latent.x_T)
@@ -170,14 +177,14 @@ def interpolate(
         raise ValueError(f"n is {n!r}; an interpolation has at least its 2 ends.")
     if x_T not in ("slerp", "fixed"):
         raise ValueError(f"x_T is {x_T!r}; give 'slerp' or 'fixed'.")
-    plan = make_plan(pipe, options)
+    plan, t = make_plan(pipe, options), torch.linspace(0, 1, n, dtype=torch.float64)
     if x_T == "fixed":
-        noise = _noise(pipe, plan.seeds)
-        start, end = (Latent(embed(pipe, source, plan), noise).repeat(n) for source in (a, b))
+        z_a, z_b = (embed(pipe, source, plan).expand(n, -1) for source in (a, b))
+        z_i = slerp(z_a, z_b, t)
+        latent = Latent(z_i, draw_x_T(pipe, z_i, plan.seeds * n, plan.ddim, plan.callback))
     else:
         start, end = (locate(pipe, source, plan).repeat(n) for source in (a, b))
-    t = torch.linspace(0, 1, n, dtype=torch.float64)
-    latent = Latent(slerp(start.z_i, end.z_i, t), slerp(start.x_T, end.x_T, t))
+        latent = Latent(slerp(start.z_i, end.z_i, t), slerp(start.x_T, end.x_T, t))
     x = pipe.decode(latent.z_i, None, plan.seeds * n, plan.ddim, plan.callback, latent.x_T)
     return _finish(pipe, x, latent.z_i, plan.seeds * n, plan)
 
@@ -198,8 +205,8 @@ def edit(
     strengths: θ of each result, 0 … 1; 0 reconstructs, the paper goes up to 0.25 … 0.5. Raises ValueError where both
     captions are one.
     """
-    check_prompts(caption)
-    check_fractions("a strength", strengths)
+    check_prompts([caption, *([from_caption] if from_caption else [])])
+    strengths = check_fractions("a strength", strengths)
     plan = make_plan(pipe, options)
     alpha = _alpha_of(source, plan) if keep_alpha else None
     z_t, z_t0 = (F.normalize(pipe.encode_text(c).z_t.float(), dim=-1).cpu() for c in (caption, from_caption or ""))
@@ -208,7 +215,7 @@ def edit(
     latent = locate(pipe, source, plan).repeat(n)
     # as long as z_i is: not every CLIP's embeddings have unit norm
     direction = direction * latent.z_i.norm(dim=-1, keepdim=True)
-    z_i = slerp(latent.z_i, direction, torch.tensor([float(s) for s in strengths], dtype=torch.float64))
+    z_i = slerp(latent.z_i, direction, torch.tensor(strengths, dtype=torch.float64))
     x = pipe.decode(z_i, None, plan.seeds * n, plan.ddim, plan.callback, latent.x_T)
     return _finish(pipe, x, z_i, plan.seeds * n, plan, alpha)
 
@@ -234,7 +241,8 @@ def reconstruct(
     parts = torch.cat([basis.project(z_i.to(basis.mean.device), k).cpu() for k in counts])
     parts = F.normalize(parts, dim=-1) * z_i.norm(dim=-1, keepdim=True)
     seeds = plan.seeds * len(counts)
-    x = pipe.decode(parts, None, seeds, plan.ddim, plan.callback)
+    x_T = draw_x_T(pipe, parts, seeds, plan.ddim, plan.callback)
+    x = pipe.decode(parts, None, seeds, plan.ddim, plan.callback, x_T)
     return _finish(pipe, x, parts, seeds, plan, alpha)
 
 
@@ -243,14 +251,17 @@ def study(pipe: UnCLIP, caption: str, n: int = 4, **options: Unpack[Options]) ->
     """What the prior is for (§5.1, Fig. 8): n pictures, from the same noise, by three conditions of the same decoder.
 
     "caption": the caption alone, z_i dropped; "text embedding": the caption, and its z_t in z_i's place; "prior": the
-    caption and the prior's z_i, which is what `pipe(caption)` draws.
+    caption and the prior's z_i, which is what `pipe(caption)` draws. Raises ValueError for parts or weights.
     """
     plan = make_plan(pipe, options, n)
-    text = TextFeatures(*(x.repeat_interleave(n, 0) for x in pipe.encode_text(check_prompts(caption))))
-    z_i = pipe.sample_z_i(text, plan.seeds, plan.settings["prior"], plan.callback)
+    parts = parse(check_prompts(caption)[0])
+    if len(parts) > 1 or parts[0].weight != 1:
+        raise ValueError(f"the caption {caption!r} has parts or a weight; give a plain one.")
+    text = TextFeatures(*(x.repeat_interleave(n, 0) for x in pipe.encode_text(parts[0].text)))
+    z_i = pipe.sample_z_i(text, plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
     results = {}
     for name, given in {"caption": None, "text embedding": text.z_t.float(), "prior": z_i}.items():
-        x = pipe.decode(given, text, plan.seeds, plan.settings["decoder"], plan.callback)
+        x = pipe.decode(given, text, plan.seeds, plan.settings["decoder"], plan.callback, negative=plan.negative)
         results[name] = _finish(pipe, x, torch.zeros_like(z_i) if given is None else given, plan.seeds, plan)
     return results
 
@@ -267,9 +278,9 @@ def probe(
 ) -> Probe:
     """Typographic attacks (§4, Fig. 6): variations of a picture, and CLIP's probability of each label for all of them.
 
-    A variation is judged as the decoder drew it, before the upsamplers.
+    A variation is judged as the decoder drew it, before the upsamplers. Raises ValueError for less than two labels.
     """
-    labels = check_prompts(labels)
+    labels = check_labels(labels)
     picture = square(image, _side_seen(pipe), make_plan(pipe, options).frame)
     output = vary(pipe, image, n, eta, keep_alpha, **options)
     seen = (on_white(picture), as_pixels(output.stages[_side_drawn(pipe)]))
@@ -291,17 +302,18 @@ def img2img(
 
     strength: the noise level at which the decoder takes over: 0 leaves the picture, 1 draws as `pipe(prompt)` does.
     """
-    check_fractions("strength", [strength])
+    (strength,) = check_fractions("strength", [strength])
     plan = make_plan(pipe, options, n)
     alpha = _alpha_of(image, plan) if keep_alpha else None
     x = on_white(square(image, _side_drawn(pipe), plan.frame)).expand(n, -1, -1, -1)
-    conditions = embed_prompts(pipe, check_prompts(prompt), plan.seeds, plan.settings["prior"], plan.callback)
+    given = (plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
+    conditions = embed_prompts(pipe, check_prompts(prompt), *given)
     settings = plan.settings["decoder"]
     if steps := _steps_below(pipe, settings, strength):
         diffusion = Diffusion.from_scheduler(pipe.decoder_scheduler)
-        x_t = diffusion.add_noise(x, _noise(pipe, plan.seeds), torch.full((n,), steps[0]))
+        x_t = diffusion.add_noise(x, draw_noise(pipe, plan.seeds), torch.full((n,), steps[0]))
         settings = replace(settings, steps=steps)
-        x = decode_prompts(pipe, conditions, plan.seeds, settings, plan.callback, x_T=x_t)
+        x = decode_prompts(pipe, conditions, plan.seeds, settings, plan.callback, plan.negative, x_t)
     return _finish(pipe, x, conditions.z_i, plan.seeds, plan, alpha)
 
 
@@ -323,13 +335,22 @@ def component_counts(pipe: UnCLIP, components: Sequence[int] | None = None) -> l
     return list(counts)
 
 
-def check_fractions(name: str, values: Sequence[float]) -> None:
-    """Raises ValueError unless there are values, all of them numbers in [0, 1]."""
-    if not isinstance(values, Sequence) or not len(values):
+def check_labels(labels: Sequence[str]) -> list[str]:
+    """Raises TypeError or ValueError unless there are two labels or more, each with words and none twice."""
+    if isinstance(labels, str) or len(set(labels)) < max(2, len(labels)) or any(not label.strip() for label in labels):
+        raise ValueError(f"labels are {labels!r}; give a list of two or more, each another and none empty.")
+    return check_prompts(labels)
+
+
+def check_fractions(name: str, values: Sequence[float]) -> list[float]:
+    """The values as floats. Raises ValueError unless there are some, all of them numbers in [0, 1]."""
+    rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(rows, Sequence) or not rows:
         raise ValueError(f"{name} came as {values!r}; give a list of numbers from 0 to 1.")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    for value in rows:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
             raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
+    return [float(value) for value in rows]
 
 
 # ------------------------------------------------------------------------------------------------ inside
@@ -342,12 +363,6 @@ def _side_drawn(pipe: UnCLIP) -> int:
 def _side_seen(pipe: UnCLIP) -> int:
     """Of the square that a picture is brought to: what CLIP sees, or what the decoder draws where that is more."""
     return max(pipe.clip.image_size, _side_drawn(pipe))
-
-
-def _noise(pipe: UnCLIP, seeds: Sequence[Seed]) -> Tensor:
-    """x_T (b, 3, s, s) as the decoder draws it for these seeds."""
-    side = _side_drawn(pipe)
-    return starting_noise((3, side, side), picture_generators(seeds, "decoder"))
 
 
 def _steps_below(pipe: UnCLIP, settings: StageSettings, strength: float) -> tuple[int, ...]:

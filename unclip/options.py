@@ -102,6 +102,7 @@ Preset = Annotated[str, typer.Option(help="fast, default or paper, or one of the
 Guidance = Annotated[float | None, typer.Option(help="The decoder's guidance scale, 1 for none.")]
 PriorGuidance = Annotated[float | None, typer.Option(help="The prior's guidance scale, 1 for none.")]
 Prior = Annotated[PriorKind | None, typer.Option(help="Which prior draws z_i; the preset's if left out.")]
+Negative = Annotated[str | None, typer.Option(help="What guidance leads away from.")]
 Devices = Annotated[Device, typer.Option()]
 DTypes = Annotated[DType, typer.Option(help="auto: bf16 where the device computes in it natively.")]
 Model = Annotated[str | None, typer.Option(help="Folder or hub name; the embedded model if left out.")]
@@ -116,10 +117,13 @@ class Common:
     seed: Seed = 0
     size: Size = None
     preset: Preset = "default"
-    steps: Annotated[int | None, typer.Option(help="The decoder's steps; 100 where a picture is inverted.")] = None
+    steps: Annotated[
+        int | None, typer.Option(help="The decoder's steps; left out: the preset's where a prompt is drawn, else 100.")
+    ] = None
     guidance: Guidance = None
     prior_guidance: PriorGuidance = None
     prior: Prior = None
+    negative: Negative = None
     frame: Annotated[Frame, typer.Option(help="A picture's centre, or all of it between margins.")] = Frame.crop
     device: Devices = Device.auto
     dtype: DTypes = DType.auto
@@ -149,6 +153,7 @@ class Common:
             "guidance_scale": self.guidance,
             "prior": None if self.prior is None else self.prior.value,
             "prior_guidance_scale": self.prior_guidance,
+            "negative_prompt": self.negative,
             "frame": self.frame.value,
             "callback": bars,
         }

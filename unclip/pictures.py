@@ -148,9 +148,15 @@ def write_png(image: Image.Image, path: Path, chunks: Mapping[str, str]) -> None
         image.save(aside, format="PNG", pnginfo=info)
 
 
+def flattened(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB, on white where it is transparent."""
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
+
+
 def write_gif(images: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
     """Writes an endless animation, there and back, each picture shown so long; whole or not at all."""
-    frames = [image.convert("RGB") for image in (*images, *images[-2:0:-1])]
+    frames = [flattened(image) for image in (*images, *images[-2:0:-1])]
     with whole_file(path) as aside:
         frames[0].save(aside, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 

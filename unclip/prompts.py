@@ -24,7 +24,7 @@ MAX_WEIGHT = 10.0
 MAX_LONE_WEIGHT = 2.0
 MAX_BEST_OF = 1000
 # No weight where a digit comes before the colon ("at 10:30") or a space after it.
-WEIGHTED = re.compile(r"(?P<text>.*[^\d\s])\s*:(?P<weight>[+-]?\d*\.?\d+)", re.S)
+WEIGHTED = re.compile(r"(?P<text>(?:.*[^\d\s])?)\s*:(?P<weight>[+-]?\d*\.?\d+)", re.S)
 
 
 class Part(NamedTuple):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unclip.arguments import Callback, OutputType, Pictures, check_prompts, check_seeds
 from unclip.core.data import fit, load_image, pixels_from_pil
-from unclip.core.sampling import Seed, resolve_timesteps
+from unclip.core.diffusion import Diffusion
+from unclip.core.sampling import Seed, picture_generators, resolve_timesteps, starting_noise
 from unclip.latents import Latent
 from unclip.presets import PriorName, StageSettings
 
@@ -26,18 +27,22 @@ Source = Picture | Latent  # a string is the path of a picture where it looks li
 STEPS = 100
 # Of all steps. Below, what a network calls noise in a clean picture is its own error over a σ close to 0: docs/log.md.
 LOWEST = 0.08
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".heic", ".heif", ".jp2", ".ppm", ".tga", ".ico", ".svg"),
+)
 
 
 class Options(TypedDict, total=False):
     """What every operation takes by keyword.
 
     seed: of the first result (0); size: side of the pictures (the largest the model has); preset: of prior and
-    upsamplers, and of the decoder where nothing is inverted ("default"); steps: of the decoder, a count, or a list,
-    falling (100 where it inverts, else the preset's); guidance_scale: of the decoder (1 where it inverts, else the
-    preset's); prior, prior_guidance_scale (the preset's); frame: how a picture becomes square, "crop" to its centre or
-    "pad" with white ("crop"); output_type: "pil", "np" or "pt" ("pil"); callback: called with a `Progress` after each
-    step.
+    upsamplers, and of the decoder where a prompt is drawn: in `study`, `img2img` and `inpaint` ("default"); steps: of
+    the decoder, a count, or a list, falling (the preset's there, 100 elsewhere); guidance_scale: of the decoder (the
+    preset's there, 1 elsewhere); prior, prior_guidance_scale (the preset's); negative_prompt: what guidance leads away
+    from, of the prior and, where a prompt is drawn, of the decoder; frame: how a picture becomes square, "crop" to its
+    centre or "pad" with white ("crop"); output_type: "pil", "np" or "pt" ("pil"); callback: called with a `Progress`
+    after each step.
     """
 
     seed: int
@@ -47,6 +52,7 @@ class Options(TypedDict, total=False):
     guidance_scale: float | None
     prior: PriorName | None
     prior_guidance_scale: float | None
+    negative_prompt: str | None
     frame: Frame
     output_type: OutputType
     callback: Callback | None
@@ -55,12 +61,13 @@ class Options(TypedDict, total=False):
 @dataclass(frozen=True)
 class Plan:
     """Options checked and filled in. seeds: one for each result; settings: of each stage, as for drawing prompts;
-    ddim: the decoder's where a picture is inverted and what comes of it decoded."""
+    ddim: the decoder's where no prompt is drawn; negative: a prompt, or None."""
 
     seeds: list[Seed]
     size: int
     settings: dict[str, StageSettings]
     ddim: StageSettings
+    negative: str | None
     frame: Frame
     output_type: OutputType
     callback: Callback | None
@@ -70,7 +77,9 @@ def make_plan(pipe: UnCLIP, options: Options, n: int = 1) -> Plan:
     """Raises TypeError for an option that is none, ValueError for a value out of range, before any work."""
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"there is no option {sorted(unknown)[0]!r}; there are {', '.join(Options.__annotations__)}.")
-    frame = options.get("frame", "crop")
+    frame, negative = options.get("frame", "crop"), options.get("negative_prompt")
+    if negative is not None and not isinstance(negative, str):
+        raise TypeError(f"negative_prompt is of type {type(negative).__name__}; give a string.")
     if frame not in ("crop", "pad"):
         raise ValueError(f"frame is {frame!r}; give 'crop' or 'pad'.")
     scale, steps = options.get("guidance_scale"), options.get("steps")
@@ -82,6 +91,7 @@ def make_plan(pipe: UnCLIP, options: Options, n: int = 1) -> Plan:
             options.get("preset", "default"), scale, prior_scale, [None, steps], options.get("prior")
         ),
         ddim=ddim_settings(pipe, STEPS if steps is None else steps, 1.0 if scale is None else scale),
+        negative=negative,
         frame=frame,
         output_type=check_output_type(options.get("output_type", "pil")),
         callback=options.get("callback"),
@@ -97,8 +107,8 @@ def ddim_settings(
     """
     if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta!r}; give a number from 0 to 1.")
-    steps = steps if isinstance(steps, int) else tuple(steps)
-    settings = StageSettings("ddim", steps, guidance_scale, eta=eta, options={"clip_sample": False})
+    wanted: Any = steps  # any list becomes a tuple, and what is none is refused
+    settings = StageSettings("ddim", wanted, guidance_scale, eta=eta, options={"clip_sample": False})
     sampler = pipe.sampler("decoder", settings)
     if isinstance(settings.steps, int):
         settings = replace(settings, steps=low_grid(settings.steps, int(sampler.config["num_train_timesteps"])))
@@ -118,6 +128,31 @@ def low_grid(count: int, total: int = 1000) -> tuple[int, ...]:
     return tuple(lowest + k * (total - lowest) // count for k in reversed(range(count)))
 
 
+def draw_noise(pipe: UnCLIP, seeds: Sequence[Seed]) -> Tensor:
+    """The decoder's noise (b, 3, s, s) of these seeds."""
+    side = pipe.sizes[0]
+    return starting_noise((3, side, side), picture_generators(seeds, "decoder"))
+
+
+def draw_x_T(
+    pipe: UnCLIP, z_i: Tensor, seeds: Sequence[Seed], settings: StageSettings, callback: Callback | None = None
+) -> Tensor:
+    """x_T (b, 3, s, s) of z_i (b, d) and seeds, for `ddim_settings`: as noisy as what an inversion over them gives.
+
+    Noise is of the schedule's last step, where nothing of a picture is left; an inversion ends below, and there noise
+    alone would be a picture too dark. One step of DDIM leads down to it, clamped as where a prompt is drawn.
+    """
+    assert isinstance(settings.steps, tuple)  # ddim_settings
+    noise, diffusion = draw_noise(pipe, seeds), Diffusion.from_scheduler(pipe.decoder_scheduler)
+    last, first = diffusion.num_train_timesteps - 1, settings.steps[0]
+    if first == last:
+        return noise
+    x0 = pipe.decode(z_i, None, seeds, StageSettings("ddim", (last,), settings.guidance_scale), callback, noise).cpu()
+    t = torch.full((len(x0),), last)
+    eps = diffusion.to_eps(noise, diffusion.from_x0(noise, x0, t), t)
+    return diffusion.add_noise(x0, eps, torch.full_like(t, first))
+
+
 def check_output_type(output_type: Any) -> OutputType:
     """Raises ValueError for another than "pil", "np" and "pt"."""
     if output_type not in ("pil", "np", "pt"):
@@ -128,8 +163,8 @@ def check_output_type(output_type: Any) -> OutputType:
 def read_source(source: Source) -> Image.Image | str | Latent:
     """A picture loaded, upright, RGB or RGBA; a caption; or a latent of one row.
 
-    A `Path` is a picture. A string is one where there is a file of that name or it ends like a picture's; every other
-    string is a caption. Raises FileNotFoundError, TypeError, ValueError.
+    A `Path` is a picture. A string is one where there is a file of that name, it names a folder and is no mere word, or
+    it ends like a picture's; every other string is a caption. Raises FileNotFoundError, TypeError, ValueError.
     """
     if isinstance(source, Latent):
         if len(source.z_i) != 1 or len(source.x_T) != 1:
@@ -140,10 +175,23 @@ def read_source(source: Source) -> Image.Image | str | Latent:
     return load_image(source)
 
 
+def check_latent(pipe: UnCLIP, latent: Latent) -> Latent:
+    """The latent. Raises ValueError unless it is of this model's z_i and x_T."""
+    side, width = pipe.sizes[0], int(pipe.decoder.config["z_i_width"])
+    if latent.z_i.shape[1:] != (width,) or latent.x_T.shape[1:] != (3, side, side):
+        raise ValueError(
+            f"a latent of z_i {tuple(latent.z_i.shape)} and x_T {tuple(latent.x_T.shape)} came; this model's are "
+            f"(1, {width}) and (1, 3, {side}, {side})."
+        )
+    return latent
+
+
 def is_path(text: str) -> bool:
     """Whether a string names a picture rather than describes one."""
     try:
-        return Path(text).is_file() or text.lower().endswith(SUFFIXES)
+        path = Path(text)
+        names_a_folder = bool(set(text) & set("./\\")) and path.is_dir()  # "fox" is a fox, whatever lies about
+        return path.is_file() or names_a_folder or text.lower().endswith(SUFFIXES)
     except (OSError, ValueError):  # too long for a name, or with a null in it
         return False
 

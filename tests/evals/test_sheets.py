@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
 from unclip.evals.sheets import contact_sheet, nearest, save_sheet, to_images, wrap
+from unclip.pictures import write_gif
 
 
 def test_every_picture_is_on_the_sheet_unchanged():
@@ -55,3 +58,12 @@ def test_bad_input_is_named():
         nearest(torch.eye(2), torch.eye(2), "dot")
     with pytest.raises(ValueError, match="gallery came empty"):
         nearest(torch.eye(2), torch.empty(0, 2))
+
+
+def test_what_is_transparent_is_white_on_sheets_and_in_animations(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    page = np.array(contact_sheet([[clear]], [""], side=16))
+    assert (page == page[0, 0]).all() and page.max() == page.min() == 255
+    write_gif([clear, clear], tmp_path / "clear.gif", 20)
+    with Image.open(tmp_path / "clear.gif") as animation:
+        assert (np.array(animation.convert("RGB")) == 255).all()

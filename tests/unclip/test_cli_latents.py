@@ -78,6 +78,31 @@ def test_other_settings_overwrite_nothing(run, tmp_path: Path) -> None:
     assert len(files(tmp_path)) == len(before) + 4
 
 
+def test_what_no_setting_says_overwrites_nothing_either(run, tmp_path: Path) -> None:
+    """Transparency kept or not, another picture or mask of the same name, another choice of pictures on a sheet."""
+    mask, few = tmp_path / "mask.png", ("--steps", 1, "--sheet", "--out", "made")
+    Image.new("L", Image.open(tmp_path / "photo.png").size, 255).save(mask)
+    commands: list[tuple[str | int, ...]] = [
+        ("vary", "photo.png", "--num-images", 1, *few),
+        ("vary", "photo.png", "--num-images", 1, "--keep-alpha", *few),
+        ("vary", "photo.png", "--num-images", 2, *few),
+        ("vary", "photo.png", "--num-images", 1, "--labels", "a fox,an owl", *few),
+        ("inpaint", "photo.png", "a red apple", "--mask", "mask.png", "--resamples", 1, *few),
+    ]
+    sheets: set[str] = set()
+    before: dict[Path, bytes] = {}
+    for command in [*commands, commands[-1]]:
+        status, out, err = run(*command)
+        assert status == 0, err
+        after = files(tmp_path / "made")
+        assert before.items() < after.items()
+        assert out[-1] not in sheets
+        sheets, before = sheets | {out[-1]}, after
+        painted = Image.open(mask).convert("L")
+        painted.paste(0, (0, 0, 4, 4 * len(sheets)))
+        painted.save(mask)
+
+
 def test_models_of_one_name_overwrite_nothing(run, copy_model: Callable[[], Path], tiny_model: Path, tmp_path: Path):
     other = copy_model().rename(tmp_path / tiny_model.name)
     index = json.loads((other / "model_index.json").read_text())

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from unclip.folder import model_digest
+from prior.autoregressive_prior import AutoregressivePrior
+from prior.pca import PCA
+from unclip.folder import model_digest, write_component
 from unclip.pipeline import UnCLIP
 from unclip.presets import read_presets
 
@@ -38,6 +41,19 @@ def test_half_precision_storage_runs_in_fp32(pipe: UnCLIP, tmp_path: Path) -> No
         for a, b in zip(getattr(half, name).parameters(), getattr(pipe, name).parameters(), strict=True):
             assert torch.equal(a, b.half().float())
     assert torch.equal(half.clip.model.logit_scale, pipe.clip.model.logit_scale.half().float())
+
+
+def test_half_precision_storage_keeps_the_digits_of_statistics(tmp_path: Path) -> None:
+    """A quantiser's edges lie closer together than fp16 tells apart: the tokens of an embedding must stay."""
+    small = {"width": 16, "depth": 1, "heads": 2, "components": 4, "buckets": 512, "dot_buckets": 4}
+    prior = AutoregressivePrior(embedding_dim=16, text_width=24, context_length=24, **small)
+    z_i = F.normalize(torch.randn(400, 16, generator=torch.Generator().manual_seed(0)) + 3, dim=-1)
+    prior.set_statistics(PCA.fit(z_i), z_i, torch.linspace(0.2, 0.3, 400))
+    write_component("prior_ar", prior, tmp_path, torch.bfloat16, "1GB")
+    again = AutoregressivePrior.from_pretrained(tmp_path / "prior_ar").state_dict()
+    for name, x in prior.state_dict().items():
+        exact = name.split(".")[0] in ("pca", "quantiser", "dots")
+        assert torch.equal(again[name].to(x.dtype), x if exact or not x.is_floating_point() else x.bfloat16().float())
 
 
 def test_bf16_draws_nearly_the_same(pipe: UnCLIP, tiny_model: Path) -> None:

@@ -13,7 +13,8 @@ from unclip.core.data import pil_from_pixels, pixels_from_pil
 from unclip.latents import Latent, slerp
 from unclip.manipulations import component_counts
 from unclip.pipeline import UnCLIP
-from unclip.sources import low_grid, square
+from unclip.presets import StageSettings
+from unclip.sources import ddim_settings, draw_noise, draw_x_T, low_grid, square
 
 CAPTION, OTHER = "a red apple", "two yellow stars"
 FEW = {"steps": 4, "size": 16}
@@ -78,6 +79,22 @@ def test_what_is_inverted_is_neither_clamped_nor_guided(pipe: UnCLIP) -> None:
     latent = pipe.invert(picture(), 4)
     assert float(latent.x_T.abs().max()) > 1
     assert not torch.allclose(latent.x_T, pipe.invert(picture(), 4, guidance_scale=3.0).x_T)
+
+
+def test_noise_is_of_the_last_step_and_comes_down_to_the_grid_by_one_of_ddim(pipe: UnCLIP) -> None:
+    """So decoding over the grid what is drawn for it goes on as DDIM over the grid and that step does."""
+    z_i, seeds = torch.nn.functional.normalize(torch.randn(3, 16), dim=-1), [4, 5, 6]
+    grid, options = (770, 400, 80), {"clip_sample": False}
+    x_T = draw_x_T(pipe, z_i, seeds, StageSettings("ddim", grid))
+    assert torch.equal(draw_x_T(pipe, z_i, seeds, StageSettings("ddim", (999, *grid))), draw_noise(pipe, seeds))
+    guided = StageSettings("ddim", (999, *grid))  # clamped, as x_T is
+    whole = pipe.decode(z_i, None, seeds, guided, x_T=draw_noise(pipe, seeds))
+    assert torch.allclose(pipe.decode(z_i, None, seeds, StageSettings("ddim", grid), x_T=x_T), whole, atol=1e-5)
+    for source in (z_i[:1], CAPTION):  # and so is what no picture gave
+        drawn = pipe.vary(source, 1, 0.0, seed=4, size=16, steps=list(grid), output_type="pt")
+        start = draw_x_T(pipe, drawn.image_embeds, [4], ddim_settings(pipe, grid))
+        expected = pipe.decode(drawn.image_embeds, None, [4], StageSettings("ddim", grid, options=options), x_T=start)
+        assert torch.equal(torch.as_tensor(drawn.images), expected)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "YCbCr", "I", "I;16", "F"])
@@ -227,6 +244,33 @@ def test_component_counts_are_the_papers_as_far_as_the_basis_goes(pipe: UnCLIP, 
 # --- study, probe, img2img, alpha
 
 
+def test_strengths_may_be_an_array(pipe: UnCLIP) -> None:
+    by_list, by_array, by_tensor = (
+        pipe.edit(picture(), CAPTION, strengths=strengths, **FEW).images  # pyright: ignore[reportArgumentType]
+        for strengths in ([0.0, 0.5], np.array([0.0, 0.5]), torch.tensor([0.0, 0.5]))
+    )
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(by_list, by_array, by_tensor, strict=True))
+
+
+def test_a_negative_prompt_is_that_of_a_prompt(pipe: UnCLIP) -> None:
+    """From noise alone img2img draws what the prompt does, but for a trace of the picture at the last noise level."""
+    options = {"negative_prompt": OTHER, "guidance_scale": 3.0, "prior_guidance_scale": 2.0, "size": 16}
+    (drawn,) = pipe(CAPTION, **options).images
+    errors = [
+        (pixels_from_pil(pipe.img2img(picture(), CAPTION, 1.0, **given).images) - pixels_from_pil(drawn)).abs().mean()
+        for given in (options, {**options, "negative_prompt": None})
+    ]
+    assert errors[0] < 0.2 * errors[1]
+    assert same(pipe.study(CAPTION, 1, **options)["prior"].images[0], drawn)
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    with_it, without = (
+        pipe.inpaint(picture(size=(16, 16)), mask, CAPTION, **{**options, "negative_prompt": negative}).images[0]
+        for negative in (OTHER, None)
+    )
+    assert not same(with_it, without)
+
+
 def test_the_study_gives_one_decoder_three_conditions(pipe: UnCLIP) -> None:
     rows = pipe.study(CAPTION, 2, seed=4, size=16)
     assert list(rows) == ["caption", "text embedding", "prior"]
@@ -316,7 +360,20 @@ def test_alpha_is_kept_where_asked(pipe: UnCLIP) -> None:
         (lambda p: p.img2img(picture(), CAPTION, -0.1), "strength is -0.1"),
         (lambda p: p.img2img(picture(), "a|", 0.5), "empty part"),
         (lambda p: p.mix([CAPTION, OTHER], [1]), "came with 1 weights"),
-        (lambda p: p.probe(picture(), []), "prompt is empty"),
+        (lambda p: p.probe(picture(), []), "labels are"),
+        (lambda p: p.probe(picture(), ["a cat"]), "labels are"),
+        (lambda p: p.probe(picture(), ["a cat", ""]), "labels are"),
+        (lambda p: p.probe(picture(), ["a cat", "a cat"]), "labels are"),
+        (lambda p: p.study("a fox:1.5"), "has parts or a weight"),
+        (lambda p: p.vary("a fox | :2"), "empty part"),
+        (lambda p: p.vary(CAPTION, negative_prompt=3), "negative_prompt is of type int"),
+        (lambda p: p.edit(picture(), CAPTION, 3), "of type int"),
+        (lambda p: p.invert(picture(), 2.5), "steps are 2.5"),
+        (lambda p: p.vary(Latent(torch.ones(1, 16), torch.ones(1, 3, 8, 8))), "this model's are"),
+        (lambda p: p.interpolate(Latent(torch.ones(1, 7), torch.ones(1, 3, 16, 16)), CAPTION), "this model's are"),
+        (lambda p: p.vary(str(Path(__file__).parent)), "is no picture|not a readable picture|There is no picture"),
+        (lambda p: p.vary("holiday.heic"), "holiday.heic"),
+        (lambda p: p.invert(Image.new("RGB", (0, 5))), "no pixels"),
     ],
 )
 def test_bad_arguments_are_one_sentence(pipe: UnCLIP, call, says: str) -> None:

@@ -62,6 +62,8 @@ def load_image(source: str | Path | bytes | Image.Image, size: int | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = file if isinstance(file, Image.Image) else Image.open(file)
+        if 0 in image.size:
+            raise ValueError("it has no pixels")
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image = to_rgb(ImageOps.exif_transpose(image))

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from unclip.core.data import pil_from_pixels
 from unclip.core.files import write_json
-from unclip.core.sampling import picture_generators, starting_noise
 from unclip.evals.concepts import dtype_of, trained_concepts
 from unclip.evals.corpus import Drawing, load_corpus
 from unclip.evals.sheets import check_suffix, contact_sheet, save_sheet, to_images
-from unclip.sources import ddim_settings
+from unclip.sources import ddim_settings, draw_noise, draw_x_T
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
@@ -79,12 +78,14 @@ def measure(
     side = pipe.sizes[0]
     x0 = torch.cat([on_white(picture, side) for picture in pictures])
     seeds = list(range(seed, seed + len(x0)))
-    noise = starting_noise((3, side, side), picture_generators(seeds, "decoder"))
     groups: dict[str, Tensor] = {}
     if trained is not None:
         known = torch.tensor(list(trained))
         groups = {"of_trained_concepts": known, "of_other_concepts": ~known}
-    table: dict[str, Any] = {"another_picture": summary(psnr(x0.roll(1, 0), x0)), "normal": noise_statistics(noise)}
+    table: dict[str, Any] = {
+        "another_picture": summary(psnr(x0.roll(1, 0), x0)),
+        "normal": noise_statistics(draw_noise(pipe, seeds)),
+    }
     drawn, controls = {"picture": x0}, {}
     for count in steps:
         settings = ddim_settings(pipe, count, guidance_scale)
@@ -92,7 +93,7 @@ def measure(
         runs = {
             "reconstruction": latent,
             "another_z_i": (latent.z_i.roll(1, 0), latent.x_T),
-            "random_x_T": (latent.z_i, noise),
+            "random_x_T": (latent.z_i, draw_x_T(pipe, latent.z_i, seeds, settings, callback)),
         }
         results = {
             name: pipe.decode(z_i, None, seeds, settings, callback, x_T).cpu() for name, (z_i, x_T) in runs.items()

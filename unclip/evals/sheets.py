@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip.core.data import pil_from_pixels
 from unclip.core.files import whole_file
+from unclip.pictures import flattened
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
@@ -66,7 +67,7 @@ def contact_sheet(
 def fit(picture: Image.Image, side: int) -> Image.Image:
     # Whole-number enlargements stay crisp, so that the sheet shows the pixels the model made.
     whole = side % picture.width == 0 and side % picture.height == 0
-    return picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+    return flattened(picture).resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
