@@ -44,6 +44,8 @@ def test_rows_are_what_the_model_can_do(pipe: UnCLIP, tiny_model: Path) -> None:
     assert {settings.guidance_scale for settings in rows.values()} == {1.5}
     plain = candidates(UnCLIP.from_pretrained(tiny_model), (2,))
     assert [name.split(", ")[1] for name in plain] == ["ddpm", "ddpm"]
+    parts = {name: part for name, part in pipe.components.items() if part is not None}
+    assert list(candidates(UnCLIP(**{**parts, "prior": None, "prior_scheduler": None}), (2,))) == ["autoregressive"]
 
 
 def test_a_row_s_figures_are_those_of_what_was_drawn(pipe: UnCLIP, tiny_corpus: Path, monkeypatch) -> None:

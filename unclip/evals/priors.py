@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +37,14 @@ def candidates(
     pipe: UnCLIP, steps: Sequence[int] = STEPS, guidance_scale: float | None = None
 ) -> dict[str, StageSettings]:
     """What is compared: the diffusion prior as the default preset draws, by plain DDPM and, where the model has the
-    statistic, by analytic variance, one draw each, at so many steps; the autoregressive prior, where there is one.
+    statistic, by analytic variance, one draw each, at so many steps; the autoregressive prior; where there is either.
     """
-    own = pipe.settings(prior="diffusion", prior_guidance_scale=guidance_scale)["prior"]
-    rows = {f"diffusion, {own.solver}, {own.steps} steps, best of {own.draws}": own}
-    solvers = ["ddpm", *(["analytic"] if "x0_variance" in pipe.prior_scheduler.config else [])]
-    for count in steps:
-        for solver in solvers:
+    rows: dict[str, StageSettings] = {}
+    if pipe.prior is not None:
+        own = pipe.settings(prior="diffusion", prior_guidance_scale=guidance_scale)["prior"]
+        rows[f"diffusion, {own.solver}, {own.steps} steps, best of {own.draws}"] = own
+        solvers = ["ddpm", *(["analytic"] if "x0_variance" in pipe.prior_scheduler.config else [])]
+        for count, solver in product(steps, solvers):
             settings = replace(own, solver=solver, steps=count, draws=1, eta=0.0, options={})
             rows[f"diffusion, {solver}, {count} steps"] = settings
     if pipe.prior_ar is not None:
