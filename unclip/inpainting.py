@@ -19,7 +19,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from unclip.arguments import check_prompts
-from unclip.core.data import load_image, pil_from_pixels, pixels_from_pil, tensor_from_pil
+from unclip.core.data import MAX_PIXELS, load_image, pil_from_pixels, pixels_from_pil, tensor_from_pil
 from unclip.core.sampling import resolve_timesteps
 from unclip.prompts import decode_prompts, embed_prompts
 from unclip.sources import Frame, Options, Picture, make_plan
@@ -32,6 +32,7 @@ Method = Literal["auto", "tuned", "replace"]
 RESAMPLES = 4
 STRETCH = 5  # steps that are walked again together
 MAX_MARGIN = 1.0
+LARGER = 8  # times the side that is drawn: a photograph is worked on at no more
 
 
 @torch.no_grad()
@@ -100,6 +101,8 @@ def read_known(image: Picture, mask: Picture | None, side: int, frame: Frame = "
             f"margin is {margin!r}; give a number from 0 to {MAX_MARGIN:g}, a part of the picture's sides."
         )
     whole = framed(masked(load_image(image), mask), margin, frame)
+    if whole.width > (most := LARGER * side):  # premultiplied: what is to be drawn colours nothing
+        whole = whole.convert("RGBa").resize((most, most), Image.Resampling.BOX).convert("RGBA")
     alpha = whole.getchannel("A").resize((side, side), Image.Resampling.BILINEAR)
     keep = torch.from_numpy(np.array(alpha))[None, None] == 255  # (1, 1, side, side)
     if bool(keep.all()):
@@ -128,6 +131,8 @@ def masked(image: Image.Image, mask: Picture | None) -> Image.Image:
 def framed(image: Image.Image, margin: float, frame: Frame) -> Image.Image:
     """An RGBA picture as a square, with clear space of `margin` times its sides around it: its centre, or all of it."""
     side = (max if frame == "pad" else min)(round(length * (1 + 2 * margin)) for length in image.size)
+    if side * side > MAX_PIXELS:
+        raise ValueError(f"the picture with its margins is {side}×{side}; scale it down, or give a smaller margin.")
     canvas = Image.new("RGBA", (side, side))
     canvas.paste(image, (-((image.width - side) // 2), -((image.height - side) // 2)))
     return canvas

@@ -175,11 +175,12 @@ def test_without_a_mask_what_is_clear_is_drawn_and_so_are_margins() -> None:
     assert padded.keep.sum() == 16 * 8
 
 
-def test_no_colour_of_what_is_to_be_drawn_gets_into_what_is_known() -> None:
-    image = Image.new("RGB", (100, 100), "red")
-    ImageDraw.Draw(image).rectangle((0, 0, 40, 99), fill=(0, 255, 0))
+@pytest.mark.parametrize("length", [100, 1500])  # the second is made smaller before it is worked on
+def test_no_colour_of_what_is_to_be_drawn_gets_into_what_is_known(length: int) -> None:
+    image, box = Image.new("RGB", (length, length), "red"), (0, 0, length * 2 // 5, length)
+    ImageDraw.Draw(image).rectangle(box, fill=(0, 255, 0))
     for side in (16, 64, 256):
-        known = read_known(image, mask_of(100, 100, (0, 0, 40, 99)), side)
+        known = read_known(image, mask_of(length, length, box), side)
         assert 0.4 < known.keep.float().mean() < 0.6
         assert bool((known.x0[:, 1:2][known.keep] == -1).all())
         assert bool((known.x0[:, :1][known.keep] == 1).all())
@@ -304,6 +305,10 @@ def test_progress_ends_where_it_says(pipe: UnCLIP) -> None:
         (lambda p: p.inpaint(noise_picture(16), mask_of(8, 8, (0, 0, 3, 3)), CAPTION), "mask is 8×8"),
         (lambda p: p.inpaint(noise_picture(16), Image.new("L", (16, 16)), CAPTION), "nothing is to be drawn"),
         (lambda p: p.inpaint(noise_picture(16), None, CAPTION), "nothing is to be drawn"),
+        (
+            lambda p: p.inpaint(Image.new("RGB", (1, 8000)), None, CAPTION, margin=1.0, frame="pad"),
+            "with its margins is 24000×24000",
+        ),
         (lambda p: p.inpaint(noise_picture(16), "nowhere.png", CAPTION), "nowhere.png"),
         (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=-1), "margin is -1"),
         (lambda p: p.inpaint(noise_picture(16), None, CAPTION, margin=2), "margin is 2"),
