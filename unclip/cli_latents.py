@@ -106,15 +106,8 @@ def vary(
                 typer.echo(text, err=True)
     title = f"variations of {name_of(source)}, eta = {eta:g}"
     made = shown(result, texts)
-    write(
-        common,
-        pipe,
-        f"{name_of(source)} varied",
-        title,
-        made,
-        {"source": source, "eta": eta, "keep_alpha": keep_alpha},
-        given,
-    )
+    chunks = {"source": source, "eta": eta, "keep_alpha": keep_alpha}
+    write(common, pipe, f"{name_of(source)} varied", title, made, chunks, given)
 
 
 def interpolate(
@@ -153,8 +146,8 @@ def edit(
         result = pipe.edit(source, caption, from_caption, values, keep_alpha, **common.options(bars))
     made = shown(result, [f"strength {value:g}" for value in values])
     start = f" from “{from_caption}”" if from_caption else ""
-    chunks = {"source": source, "prompt": caption, "from": from_caption or "", "strengths": strengths}
-    chunks |= {"keep_alpha": str(keep_alpha)}
+    way = {"strengths": strengths, "keep_alpha": keep_alpha}
+    chunks = {"source": source, "prompt": caption, "from": from_caption or "", **way}
     title = f"{name_of(source)}{start} to “{caption}”"
     write(common, pipe, f"{name_of(source)} to {caption}", title, made, chunks, given, gif)
 
@@ -224,15 +217,8 @@ def reconstruct(
         result = pipe.reconstruct(picture, counts, keep_alpha, **common.options(bars))
     made = shown(result, [f"{count} component{'s' * (count > 1)}" for count in counts])
     title = f"{name_of(picture)} from its first components"
-    write(
-        common,
-        pipe,
-        f"{name_of(picture)} components",
-        title,
-        made,
-        {"source": picture, "keep_alpha": keep_alpha},
-        given,
-    )
+    chunks = {"source": picture, "keep_alpha": keep_alpha}
+    write(common, pipe, f"{name_of(picture)} components", title, made, chunks, given)
 
 
 def study(
@@ -327,8 +313,9 @@ def write(
 
         cells = [*given[:1], *made, *given[1:]]
         side = min(SHEET_SIDE, max(MIN_CELL, made[0].image.width))
-        page = contact_sheet([[cell.image] for cell in cells], [cell.label for cell in cells], columns, side, title)
-        chunks = {"cells": json.dumps([cell.label for cell in cells]), **fixed}
+        labels = [cell.label for cell in cells]
+        page = contact_sheet([[cell.image] for cell in cells], labels, columns, side, title)
+        chunks = {"cells": json.dumps(labels), **fixed}
         path = path_for("-sheet", chunks)
         write_png(page, path, chunks)
         typer.echo(path)

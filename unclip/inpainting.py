@@ -21,6 +21,7 @@ from torch import Tensor
 from unclip.arguments import check_prompts
 from unclip.core.data import MAX_PIXELS, load_image, pil_from_pixels, pixels_from_pil, tensor_from_pil
 from unclip.core.sampling import resolve_timesteps
+from unclip.pictures import flattened
 from unclip.prompts import decode_prompts, embed_prompts
 from unclip.sources import Frame, Options, Picture, make_plan
 from unclip.stages import Known, UnCLIPOutput, finish
@@ -123,7 +124,7 @@ def masked(image: Image.Image, mask: Picture | None) -> Image.Image:
     light = painted.convert("L")
     if painted.mode == "RGBA":  # what is clear is not painted
         light = ImageChops.multiply(light, painted.getchannel("A"))
-    opaque = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    opaque = flattened(image)
     opaque.putalpha(light.point([255] * 128 + [0] * 128))
     return opaque
 

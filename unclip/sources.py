@@ -17,6 +17,7 @@ from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import Seed, picture_generators, resolve_timesteps, starting_noise
 from unclip.latents import Latent
 from unclip.presets import PriorName, StageSettings
+from unclip.prompts import check_negative
 
 if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
@@ -77,21 +78,18 @@ def make_plan(pipe: UnCLIP, options: Options, n: int = 1) -> Plan:
     """Raises TypeError for an option that is none, ValueError for a value out of range, before any work."""
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"there is no option {sorted(unknown)[0]!r}; there are {', '.join(Options.__annotations__)}.")
-    frame, negative = options.get("frame", "crop"), options.get("negative_prompt")
-    if negative is not None and not isinstance(negative, str):
-        raise TypeError(f"negative_prompt is of type {type(negative).__name__}; give a string.")
+    frame = options.get("frame", "crop")
     if frame not in ("crop", "pad"):
         raise ValueError(f"frame is {frame!r}; give 'crop' or 'pad'.")
     scale, steps = options.get("guidance_scale"), options.get("steps")
-    prior_scale = options.get("prior_guidance_scale")
+    prior_scale, preset = options.get("prior_guidance_scale"), options.get("preset", "default")
+    settings = pipe.settings(preset, scale, prior_scale, [None, steps], options.get("prior"))
     return Plan(
         seeds=check_seeds(options.get("seed", 0), n),
         size=pipe.check_size(options.get("size")),
-        settings=pipe.settings(
-            options.get("preset", "default"), scale, prior_scale, [None, steps], options.get("prior")
-        ),
+        settings=settings,
         ddim=ddim_settings(pipe, STEPS if steps is None else steps, 1.0 if scale is None else scale),
-        negative=negative,
+        negative=check_negative(options.get("negative_prompt"), pipe, settings),
         frame=frame,
         output_type=check_output_type(options.get("output_type", "pil")),
         callback=options.get("callback"),
