@@ -219,22 +219,27 @@ class Decoder(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        x_t: Tensor,
-        t: Tensor,
+        x_t: Tensor | None,
+        t: Tensor | None,
         context: DecoderContext | None = None,
         return_sketch: bool = False,
         **conditions,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
+    ) -> Tensor | tuple[Tensor | None, Tensor | None]:
         """One evaluation. Give `context`, or the keyword arguments of `encode_context`.
 
         x_t: (b, in_channels, h, w) in about [−1, 1] plus noise; t: (b,) steps 0 … 999.
         Returns the prediction (b, out_channels, h, w); with learned variance (prediction | variance) along channels.
-        With `return_sketch`, a pair: the prediction, and the context's sketch, which training compares with x0.
+        With `return_sketch`, a pair: the prediction, and the context's sketch, which training compares with x0; x_t and
+        t may then be None, and no prediction is made, at a thousandth of the cost.
         """
         if (context is None) == (not conditions):
             raise ValueError("the decoder takes either a context or conditions (z_i=…, text=…): give one of the two")
         if context is None:
             context = self.encode_context(**conditions)
+        if x_t is None or t is None:
+            if not return_sketch:
+                raise ValueError("the decoder has no x_t or t, and no sketch is asked for: give both, or return_sketch")
+            return None, context.sketch
         check_picture("x_t", x_t, self.channels, self.unet.multiple)
         if context.sketch is not None:
             x_t = torch.cat([x_t, F.interpolate(context.sketch, x_t.shape[2:], mode="bilinear").to(x_t.dtype)], dim=1)

@@ -40,6 +40,7 @@ class DecoderConfig:
     drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
     drop_text: float = 0.5
     z_i_noise: float = 0.0  # noise added to z_i, up to so many of the training embeddings' own deviations
+    sketch_alone: bool = False  # the U-Net rests: a thousand sketches cost what one of its steps does
     swap_captions: float = 0.0  # of the samples, with a caption of any drawing of their concept
     remember: int = 1 << 30  # bytes of CLIP's results kept in memory; 0 computes them at every step
 
@@ -101,13 +102,7 @@ def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, n
     """t (b,) of all steps alike, or for a share of the samples of the steps from `noisy_from` up.
 
     Outlines are decided there, and each drawing's must be seen there often; less noise teaches what all drawings share.
-    Raises ValueError for a share outside [0, 1] or a step outside the schedule.
     """
-    if not 0 <= noisy_share <= 1 or not 0 <= noisy_from < num_train_timesteps:
-        raise ValueError(
-            f"noisy_share is {noisy_share} and noisy_from {noisy_from}; expected a part in [0, 1] and a step below "
-            f"{num_train_timesteps}"
-        )
     t = draws.integers(num_train_timesteps)
     if noisy_share == 0:
         return t
@@ -137,23 +132,32 @@ def decoder_loss(
         conditions = encode(clip, batch, x0, captions, config.data.background)
         if spread is not None:
             conditions["z_i"] = blur_z_i(conditions["z_i"], spread, draws, config.z_i_noise)
+        conditions["drop_z_i"] = draws.uniform() < config.drop_z_i
+        conditions["drop_text"] = draws.uniform() < config.drop_text
+        if config.sketch_alone:
+            loss = sketch_error(model(None, None, return_sketch=True, **conditions)[1], x0)
+            return loss, {"sketch": loss.detach()}
         t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
-        drops = {"drop_z_i": draws.uniform() < config.drop_z_i, "drop_text": draws.uniform() < config.drop_text}
         if inpaints:
             conditions["known"] = known_channels(x0, random_masks(draws, *x0.shape[2:]))
         if not sketches:
-            output, sketch = model(x_t, t, **conditions, **drops), None
+            output, sketch = model(x_t, t, **conditions), None
         else:
-            output, sketch = model(x_t, t, return_sketch=True, **conditions, **drops)
+            output, sketch = model(x_t, t, return_sketch=True, **conditions)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb).mean()
         if sketch is None:
             return loss, {}
-        error = F.mse_loss(sketch.float(), F.interpolate(x0, sketch.shape[2:], mode="area"))
+        error = sketch_error(sketch, x0)
         return loss + error, {"sketch": error.detach()}
 
     return loss_fn
+
+
+def sketch_error(sketch: Tensor, x0: Tensor) -> Tensor:
+    """Mean squared error of sketches (b, 3, side, side) of the pictures x0 (b, 3, h, w)."""
+    return F.mse_loss(sketch.float(), F.interpolate(x0, sketch.shape[2:], mode="area"))
 
 
 def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float = 2.0, steps: int = 20) -> SampleFn:
@@ -174,12 +178,16 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 
 
 def check_shares(config: DecoderConfig) -> None:
-    """Raises ValueError unless what is dropped, swapped and blurred can be."""
-    for name in ("drop_z_i", "drop_text", "swap_captions"):
+    """Raises ValueError unless what is dropped, swapped, blurred and noisy can be."""
+    for name in ("drop_z_i", "drop_text", "swap_captions", "noisy_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} is {getattr(config, name)}; expected a part of the samples, 0 to 1.")
     if config.z_i_noise < 0:
         raise ValueError(f"z_i_noise is {config.z_i_noise}; expected deviations of the embeddings, 0 or more.")
+    if not 0 <= config.noisy_from <= 999:
+        raise ValueError(f"noisy_from is {config.noisy_from}; expected a step, 0 to 999.")
+    if config.sketch_alone and config.model.get("sketch_side") is None:
+        raise ValueError("sketch_alone trains a sketch, and the model has none: give model.sketch_side.")
 
 
 def run(config: DecoderConfig) -> Path:
@@ -196,7 +204,8 @@ def run(config: DecoderConfig) -> Path:
     spread = embedding_spread(clip, dataset, config) if config.z_i_noise else None
     captions_of = captions_by_concept(dataset) if config.swap_captions else None
     loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device), spread, captions_of)
-    return train(config.train, model, loss_fn, dataset, validation, decoder_samples(clip, scheduler))
+    sample_fn = None if config.sketch_alone else decoder_samples(clip, scheduler)
+    return train(config.train, model, loss_fn, dataset, validation, sample_fn)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,9 @@ def test_the_sketch_is_of_the_conditions_alone_and_stands_beside_x_t():
     assert sketch.shape == (3, 3, 4, 4)
     assert torch.equal(sketch, decoder(x_t + 1, t + 1, return_sketch=True, **conditions)[1])
     assert torch.equal(output, decoder(x_t, t, **conditions))
+    alone = decoder(None, None, return_sketch=True, **conditions)
+    assert alone[0] is None
+    assert torch.equal(alone[1], sketch)
     context = decoder.encode_context(**conditions)
     beside = torch.cat([x_t, F.interpolate(sketch, (16, 16), mode="bilinear")], dim=1)
     close(output, decoder.unet(beside, t, context.time, context.keys_values, context.mask))
@@ -118,6 +121,8 @@ def test_the_sketch_is_of_the_conditions_alone_and_stands_beside_x_t():
     assert randomised()(x_t, t, return_sketch=True, **conditions)[1] is None
     with pytest.raises(ValueError, match=r"expected \(b, 3, h, w\)"):
         decoder(x_t[:, :2], t, context)
+    with pytest.raises(ValueError, match="return_sketch"):
+        decoder(None, t, context)
 
 
 @OWN_TRANSFORMER
