@@ -134,7 +134,7 @@ def test_respaced_chain_has_the_kept_alphas(solver, steps):
     scheduler = make_sampler(toy()[0], solver)
     before = dict(scheduler.config), scheduler.alphas_cumprod.clone(), scheduler.timesteps.clone()
     chain = respaced(scheduler, steps)
-    torch.testing.assert_close(chain.alphas_cumprod.flip(0), scheduler.alphas_cumprod[steps], rtol=0, atol=0)
+    torch.testing.assert_close(chain.alphas_cumprod.float().flip(0), scheduler.alphas_cumprod[steps], rtol=0, atol=0)
     assert chain.timesteps.tolist() == list(range(len(steps)))[::-1]
     if hasattr(chain, "sigmas"):
         kept = scheduler.alphas_cumprod[steps]
@@ -217,6 +217,16 @@ def test_eta_one_is_ddpm():
         for solver, eta in (("ddim", {"eta": 1.0}), ("ddpm", {}))
     ]
     torch.testing.assert_close(*runs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_eta_one_is_finite_from_any_step_to_any(schedule):
+    """What is left of the noise, 1 − ᾱ − σ², is next to 0 there; rounded below 0 it has no root."""
+    scheduler = make_scheduler(schedule, "sample")
+    for steps in [*range(1, 60), *((999, t) for t in range(999))]:
+        x_T, generators = draw((1,), 1)
+        x0 = sample(lambda x, t: 0 * x, make_sampler(scheduler, "ddim"), x_T, steps, generators, eta=1.0)
+        assert torch.isfinite(x0).all(), steps
 
 
 def test_ddim_runs_each_list_to_the_end():

@@ -148,8 +148,8 @@ def respaced(scheduler: Any, steps: Sequence[int]) -> Any:
     alphas = kept / torch.cat([kept.new_ones(1), kept[:-1]])
     # ᾱ is set, not computed anew from β: where β is close to 1, 1 − β has no digits left in float32.
     copy.alphas_cumprod, copy.alphas, copy.betas = kept.float(), alphas.float(), (1 - alphas).float()
-    if isinstance(scheduler, DDIMScheduler):
-        copy.final_alpha_cumprod = scheduler.final_alpha_cumprod
+    if isinstance(scheduler, DDIMScheduler):  # in double: at η = 1 its 1 − ᾱ − σ² is next to 0, and its root was NaN
+        copy.alphas_cumprod, copy.final_alpha_cumprod = kept, scheduler.final_alpha_cumprod
     copy.set_timesteps(count)
     return copy
 
