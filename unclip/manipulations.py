@@ -7,6 +7,7 @@ without the caption, at guidance 1 unless asked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
@@ -366,12 +367,13 @@ def _side_seen(pipe: UnCLIP) -> int:
 
 
 def _steps_below(pipe: UnCLIP, settings: StageSettings, strength: float) -> tuple[int, ...]:
-    """The end of the decoder's steps that is below a part of the noise levels."""
+    """The highest step below a part of the noise levels, then those of the decoder after all that are above it."""
     sampler = pipe.sampler("decoder", settings)
     steps = resolve_timesteps(sampler, settings.steps)
     level = strength * int(sampler.config["num_train_timesteps"])
-    above = [i for i, t in enumerate(steps) if t >= level]
-    return tuple(steps[above[-1] + 1 :] if above else steps)
+    first = math.ceil(level) - 1
+    above = [i for i, t in enumerate(steps) if t >= first]
+    return (first, *steps[above[-1] + 1 if above else 0 :]) if first >= 0 else ()
 
 
 def _alpha_of(source: Source | Tensor, plan: Plan) -> Image.Image:

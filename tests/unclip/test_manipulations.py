@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 
 from prior.pca import PCA
 from unclip.core.data import pil_from_pixels, pixels_from_pil
+from unclip.core.sampling import resolve_timesteps
 from unclip.latents import Latent, slerp
-from unclip.manipulations import component_counts
+from unclip.manipulations import _steps_below, component_counts
 from unclip.pipeline import UnCLIP
 from unclip.presets import StageSettings
 from unclip.sources import ddim_settings, draw_noise, draw_x_T, low_grid, square
@@ -294,6 +295,16 @@ def test_a_probe_gives_probabilities_of_the_picture_and_of_its_variations(pipe: 
     assert all(same(a, b) for a, b in zip(found.output.images, drawn.images, strict=True))
     own = pipe.clip.zero_shot(pixels_from_pil(square(picture(), 16)), ["red", "blue", "green"])
     assert torch.allclose(found.probabilities[:1], own)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25])
+@pytest.mark.parametrize(("strength", "first"), [(1.0, 999), (0.85, 849), (0.75, 749), (0.3, 299), (0.001, 0)])
+def test_img2img_starts_where_its_strength_says_however_few_the_steps(pipe: UnCLIP, steps, strength, first) -> None:
+    settings = pipe.settings(steps=[None, steps])["decoder"]
+    run = _steps_below(pipe, settings, strength)
+    assert run[0] == first
+    assert list(run) == sorted(set(run), reverse=True)
+    assert set(run[1:]) <= set(resolve_timesteps(pipe.sampler("decoder", settings), steps))
 
 
 def test_img2img_goes_from_the_picture_to_the_prompts_own(pipe: UnCLIP) -> None:
