@@ -132,14 +132,14 @@ def decoder_loss(
         conditions = encode(clip, batch, x0, captions, config.data.background)
         if spread is not None:
             conditions["z_i"] = blur_z_i(conditions["z_i"], spread, draws, config.z_i_noise)
-        conditions["drop_z_i"] = draws.uniform() < config.drop_z_i
-        conditions["drop_text"] = draws.uniform() < config.drop_text
         if config.sketch_alone:
+            conditions |= draw_drops(draws, config)
             loss = sketch_error(model(None, None, return_sketch=True, **conditions)[1], x0)
             return loss, {"sketch": loss.detach()}
         t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
         noise = draws.normal(*x0.shape[1:])
         x_t = diffusion.add_noise(x0, noise, t)
+        conditions |= draw_drops(draws, config)
         if inpaints:
             conditions["known"] = known_channels(x0, random_masks(draws, *x0.shape[2:]))
         if not sketches:
@@ -153,6 +153,11 @@ def decoder_loss(
         return loss + error, {"sketch": error.detach()}
 
     return loss_fn
+
+
+def draw_drops(draws: Draws, config: DecoderConfig) -> dict[str, Tensor]:
+    """Which samples go without z_i and which without text, (b,) bool each."""
+    return {"drop_z_i": draws.uniform() < config.drop_z_i, "drop_text": draws.uniform() < config.drop_text}
 
 
 def sketch_error(sketch: Tensor, x0: Tensor) -> Tensor:
