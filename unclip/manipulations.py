@@ -370,7 +370,7 @@ def _steps_below(pipe: UnCLIP, settings: StageSettings, strength: float) -> tupl
     """The highest step below a part of the noise levels, then those of the decoder after all that are above it."""
     sampler = pipe.sampler("decoder", settings)
     steps = resolve_timesteps(sampler, settings.steps)
-    level = strength * int(sampler.config["num_train_timesteps"])
+    level = round(strength * int(sampler.config["num_train_timesteps"]), 6)  # 0.55 · 1000 is a hair above 550
     first = math.ceil(level) - 1
     above = [i for i, t in enumerate(steps) if t >= first]
     return (first, *steps[above[-1] + 1 if above else 0 :]) if first >= 0 else ()

@@ -391,10 +391,10 @@ def draw_pictures_and_captions(
     if image.shape[1] == 3:
         return to_pixels(image), captions
     coloured = (coin < background_probability) & (image[:, 3] < 255).flatten(1).any(1).cpu()
-    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
+    names, palette = list(COLOURS), torch.tensor(list(COLOURS.values()), dtype=torch.float32)
     background = torch.where(coloured[:, None], palette[colour], torch.tensor(255.0))
     captions = [
-        f"{caption} on a {list(COLOURS)[c]} background" if on else caption
+        f"{caption} on a {names[c]} background" if on else caption
         for caption, c, on in zip(captions, colour.tolist(), coloured.tolist(), strict=True)
     ]
     return to_pixels(image, background.to(image.device)), captions
