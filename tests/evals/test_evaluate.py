@@ -9,7 +9,7 @@ from PIL import Image
 
 from unclip.core.data import to_pixels
 from unclip.corpora.shards import ShardWriter, encode_webp
-from unclip.evals.concepts import evaluate, generator_of, measure, trained_concepts
+from unclip.evals.concepts import Draw, evaluate, generator_of, measure, trained_concepts
 from unclip.evals.corpus import load_corpus, to_bytes
 from unclip.evals.sheets import caption_sheet, read_captions
 
@@ -88,6 +88,23 @@ def test_conditions_differ_and_pictures_are_of_their_seed(folder, tiny_model):
     assert not torch.equal(pictures["prior"], pictures["true_z_i"])
     assert not torch.equal(pictures["text"], pictures["true_z_i"])
     assert all(not torch.equal(pictures["caption"], pictures[other]) for other in ("prior", "true_z_i", "text"))
+
+
+def test_best_of_is_the_picture_that_a_call_of_the_pipeline_keeps(folder, tiny_model):
+    from unclip.pipeline import UnCLIP
+
+    corpus, pipe = load_corpus(folder), UnCLIP.from_pretrained(tiny_model)
+    draws = [Draw(corpus.drawings[0], 2), Draw(corpus.drawings[1], 3)]
+    captions = [draw.drawing.caption for draw in draws]
+    kept = generator_of(pipe, corpus, best_of=3)(captions, draws)
+    for picture, draw in zip(kept, draws, strict=True):
+        asked = {"size": pipe.sizes[0], "output_type": "pt"}
+        own = pipe(draw.drawing.caption, seed=3 * draw.seed, best_of=3, **asked).images
+        others = pipe(draw.drawing.caption, 3, seed=3 * draw.seed, **asked).images
+        assert ((to_bytes(own, corpus.side)[0].int() - picture.int()).abs() <= 1).float().mean() > 0.99
+        assert sum(torch.equal(own[0], other) for other in others) == 1
+    with pytest.raises(ValueError, match="best_of is 0"):
+        generator_of(pipe, corpus, best_of=0)(captions, draws)
 
 
 def test_a_caption_s_picture_is_the_one_sample_draws(tiny_model, tmp_path):

@@ -43,6 +43,7 @@ def concepts(
     guidance: Guidance = None,
     condition: Annotated[str, typer.Option(help="prior, ar, true_z_i, text (z_t) or caption (no z_i).")] = "prior",
     sheet: Annotated[Path | None, typer.Option(help="PNG of each picture beside its nearest drawing.")] = None,
+    best_of: Annotated[int, typer.Option(help="Of how many drawings each picture is the one CLIP likes best.")] = 1,
     device: Devices = Device.auto,
     dtype: DTypes = DType.auto,
 ) -> None:
@@ -68,6 +69,7 @@ def concepts(
         device.value,
         dtype.value,
         Bars(),
+        best_of,
     )
     typer.echo(json.dumps(figures, indent=1))
 

@@ -27,6 +27,7 @@ from unclip.core.files import write_json
 from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge, cached_features, check_pictures
 from unclip.evals.sheets import check_suffix, contact_sheet, nearest, save_sheet, to_images
+from unclip.prompts import best_rows, check_best_of
 
 if TYPE_CHECKING:
     from unclip.arguments import Callback, DTypeName
@@ -258,27 +259,35 @@ def generator_of(
     guidance_scale: float | None = None,
     callback: Callback | None = None,
     prior: StageSettings | None = None,
+    best_of: int = 1,
 ) -> Generate:
     """A pipeline's decoded pictures as a `Generate`, at the corpus's size, by what the decoder is given.
 
     condition: "prior", the whole way; "ar", the same by the autoregressive prior; "true_z_i", the embedding of the
     real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1); "caption", the text without any
-    z_i. prior: its settings, in place of the preset's. Raises ValueError for another condition or an unknown preset.
+    z_i. prior: its settings, in place of the preset's. best_of: of so many pictures of a caption the one that CLIP
+    finds nearest to it. Raises ValueError for another condition or an unknown preset; what is returned, for another
+    `best_of`.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
     settings = pipe.settings(preset, guidance_scale, prior="ar" if condition == "ar" else None)
 
     def generate(captions: list[str], draws: list[Draw]) -> Tensor:
+        check_best_of(best_of, captions, pipe.clip)
+        captions, draws = ([row for row in rows for _ in range(best_of)] for rows in (captions, draws))
         text = pipe.encode_text(captions)
-        seeds = [draw.seed for draw in draws]
+        seeds = [draw.seed * best_of + i % best_of for i, draw in enumerate(draws)]
         if condition in ("prior", "ar"):
             z_i = pipe.sample_z_i(text, seeds, prior or settings["prior"], callback)
         elif condition == "true_z_i":
             z_i = pipe.encode_image(to_pixels(corpus.pictures([draw.drawing.index for draw in draws])))
         else:
             z_i = text.z_t if condition == "text" else None
-        return to_bytes(pipe.decode(z_i, text, seeds, settings["decoder"], callback), corpus.side)
+        x = pipe.decode(z_i, text, seeds, settings["decoder"], callback)
+        if best_of > 1:
+            x = x[best_rows(pipe.encode_image(x), text.z_t, best_of)]
+        return to_bytes(x, corpus.side)
 
     return generate
 
@@ -312,6 +321,7 @@ def evaluate(
     device: str | None = None,
     dtype: DTypeName | None = None,
     callback: Callback | None = None,
+    best_of: int = 1,
 ) -> dict[str, Any]:
     """`unclip evals concepts`: the figures of a model (None: the embedded one), also written to `json_path`.
 
@@ -326,9 +336,9 @@ def evaluate(
     real, trained = load_corpus(corpus), trained_concepts(folder)
     choose(real.drawings, split, count, trained, seed)  # bad arguments are named before the networks load
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    generate = generator_of(pipe, real, condition, preset, guidance_scale, callback)
+    generate = generator_of(pipe, real, condition, preset, guidance_scale, callback, best_of=best_of)
     figures, draws, pictures, features = measure(generate, real, split, count, trained, seed)
-    settings = {"preset": preset, "condition": condition, "guidance_scale": guidance_scale}
+    settings = {"preset": preset, "condition": condition, "guidance_scale": guidance_scale, "best_of": best_of}
     figures = {"model": name, "dtype": dtype_of(pipe), **settings, **figures}
     if json_path is not None:
         write_json(figures, Path(json_path))
