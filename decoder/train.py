@@ -37,6 +37,7 @@ class DecoderConfig:
     lambda_vlb: float = 0.001  # weight of L_vlb where the variance is learned
     noisy_share: float = 0.0  # of the samples, with t drawn from the noisiest: `noisy_from` up
     noisy_from: int = 700
+    own_share: float = 0.0  # of the samples, whose x_t holds the decoder's own x0 from a noisier step
     drop_z_i: float = 0.1  # §2.1; §5.1 says 0.05
     drop_text: float = 0.5
     z_i_noise: float = 0.0  # noise added to z_i, up to so many of the training embeddings' own deviations
@@ -110,6 +111,31 @@ def draw_timesteps(draws: Draws, num_train_timesteps: int, noisy_share: float, n
     return torch.where(draws.uniform() < noisy_share, noisy, t)
 
 
+def own_predictions(
+    model: nn.Module,
+    diffusion: Diffusion,
+    x0: Tensor,
+    t: Tensor,
+    conditions: dict[str, Tensor],
+    draws: Draws,
+    share: float,
+) -> Tensor:
+    """x0 (b, 3, h, w), a share of the samples as the decoder itself sees them from a step between t and the noisiest.
+
+    In sampling x_t holds the network's own earlier predictions. One that has seen real pictures alone takes what is
+    wrong with them for content, and keeps it (exposure bias, arXiv 2305.15583).
+    """
+    noisier = t + (draws.uniform() * (diffusion.num_train_timesteps - t)).long()
+    noise, rows = draws.normal(*x0.shape[1:]), (draws.uniform() < share).nonzero().flatten()
+    if not len(rows):
+        return x0
+    with torch.no_grad():
+        x_t, noisier = diffusion.add_noise(x0, noise, noisier)[rows], noisier[rows]
+        output = model(x_t, noisier, **{name: value[rows] for name, value in conditions.items()})
+        own = diffusion.to_x0(x_t, diffusion.split(output)[0], noisier).float().clamp(-1, 1)
+    return x0.index_copy(0, rows, own)
+
+
 def decoder_loss(
     config: DecoderConfig,
     clip: RememberedCLIP,
@@ -122,7 +148,7 @@ def decoder_loss(
     spread: `embedding_spread`, where z_i gets noise; captions_of: `captions_by_concept`, where they are swapped. A
     decoder that inpaints is shown what random masks keep of x0.
     """
-    sketches, inpaints = config.model.get("sketch_side") is not None, config.model.get("inpaint", False)
+    inpaints = config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
@@ -137,15 +163,14 @@ def decoder_loss(
             loss = sketch_error(model(None, None, return_sketch=True, **conditions)[1], x0)
             return loss, {"sketch": loss.detach()}
         t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
-        noise = draws.normal(*x0.shape[1:])
-        x_t = diffusion.add_noise(x0, noise, t)
+        noise, shown = draws.normal(*x0.shape[1:]), x0
         conditions |= draw_drops(draws, config)
         if inpaints:
             conditions["known"] = known_channels(x0, random_masks(draws, *x0.shape[2:]))
-        if not sketches:
-            output, sketch = model(x_t, t, **conditions), None
-        else:
-            output, sketch = model(x_t, t, return_sketch=True, **conditions)
+        if config.own_share:
+            shown = own_predictions(model, diffusion, x0, t, conditions, draws, config.own_share)
+        x_t = diffusion.add_noise(shown, noise, t)
+        output, sketch = model(x_t, t, return_sketch=True, **conditions)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb).mean()
         if sketch is None:
             return loss, {}
@@ -184,13 +209,15 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 
 def check_shares(config: DecoderConfig) -> None:
     """Raises ValueError unless what is dropped, swapped, blurred and noisy can be."""
-    for name in ("drop_z_i", "drop_text", "swap_captions", "noisy_share"):
+    for name in ("drop_z_i", "drop_text", "swap_captions", "noisy_share", "own_share"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} is {getattr(config, name)}; expected a part of the samples, 0 to 1.")
     if config.z_i_noise < 0:
         raise ValueError(f"z_i_noise is {config.z_i_noise}; expected deviations of the embeddings, 0 or more.")
     if not 0 <= config.noisy_from <= 999:
         raise ValueError(f"noisy_from is {config.noisy_from}; expected a step, 0 to 999.")
+    if config.own_share and config.prediction != "sample":
+        raise ValueError(f"own_share needs the prediction sample, and it is {config.prediction}: leave one out.")
     if config.sketch_alone and config.model.get("sketch_side") is None:
         raise ValueError("sketch_alone trains a sketch, and the model has none: give model.sketch_side.")
 

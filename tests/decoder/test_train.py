@@ -19,6 +19,7 @@ from decoder.train import (
     decoder_samples,
     draw_timesteps,
     embedding_spread,
+    own_predictions,
     run,
     swap_captions,
 )
@@ -131,8 +132,8 @@ def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP,
 
 
 class ZeroNetwork(nn.Module):
-    def forward(self, x_t: Tensor, t: Tensor, **conditions) -> Tensor:
-        return torch.zeros_like(x_t)
+    def forward(self, x_t: Tensor, t: Tensor, **conditions) -> tuple[Tensor, None]:
+        return torch.zeros_like(x_t), None
 
 
 def test_a_sketch_is_trained_to_be_the_small_picture(tiny_corpus: Path, clip: RememberedCLIP, rows):
@@ -312,6 +313,7 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(tiny_corpus: Path, tiny_cli
         ({"swap_captions": 1.5}, r"swap_captions is 1.5; expected a part of the samples"),
         ({"noisy_share": -0.1}, r"noisy_share is -0.1; expected a part of the samples"),
         ({"noisy_from": 1000}, "noisy_from is 1000; expected a step, 0 to 999"),
+        ({"own_share": 0.5}, "own_share needs the prediction sample, and it is epsilon"),
         ({"sketch_alone": True}, "sketch_alone trains a sketch, and the model has none"),
         ({"z_i_noise": -1.0}, r"z_i_noise is -1.0; expected deviations"),
     ],
@@ -365,9 +367,28 @@ def test_recipes_fit_their_config_and_network(recipe: Path):
         Decoder(**config.model)
 
 
+def test_own_predictions_stand_in_for_a_share_and_carry_no_gradient():
+    """A decoder that answers with its z_i: rows that are chosen become that, from a step no less noisy than t."""
+    seen: list[Tensor] = []
+
+    class Answers(nn.Module):
+        def forward(self, x_t: Tensor, t: Tensor, z_i: Tensor) -> Tensor:
+            seen.append(t)
+            return z_i[:, :, None, None].expand_as(x_t) * weight
+
+    weight = torch.ones((), requires_grad=True)
+    diffusion = Diffusion.from_scheduler(make_scheduler("cosine", "sample"))
+    x0, t, z_i = torch.rand(400, 3, 2, 2), torch.arange(400) * 2 + 100, torch.arange(1200).view(400, 3) / -1200
+    shown = own_predictions(Answers(), diffusion, x0, t, {"z_i": z_i}, Draws(0, 0, range(400)), 0.25)
+    own = (shown == z_i[:, :, None, None]).flatten(1).all(1)
+    assert 60 < own.sum() < 140 and torch.equal(shown[~own], x0[~own]) and not shown.requires_grad
+    assert (seen[0] >= t[own]).all() and seen[0].max() <= 999 and (seen[0] > t[own]).float().mean() > 0.9
+    assert own_predictions(Answers(), diffusion, x0, t, {"z_i": z_i}, Draws(0, 0, range(400)), 0.0) is x0
+
+
 def test_the_sketch_is_trained_as_part_of_the_network_that_starts_from_it():
     folder = Path(__file__).parents[2] / "recipes" / "emoji"
     alone, whole = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("decoder_sketch", "decoder"))
     assert alone["sketch_alone"] and whole["start"] == alone["train"]["out"] != whole["train"]["out"]
-    own = {"train", "start", "weighting", "gamma", "noisy_share", "noisy_from"}
+    own = {"train", "start", "weighting", "gamma", "noisy_share", "noisy_from", "own_share"}
     assert all(alone[name] == whole[name] for name in whole.keys() - own)
