@@ -148,7 +148,7 @@ def decoder_loss(
     spread: `embedding_spread`, where z_i gets noise; captions_of: `captions_by_concept`, where they are swapped. A
     decoder that inpaints is shown what random masks keep of x0.
     """
-    inpaints = config.model.get("inpaint", False)
+    sketches, inpaints = config.model.get("sketch_side") is not None, config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
@@ -170,7 +170,10 @@ def decoder_loss(
         if config.own_share:
             shown = own_predictions(model, diffusion, x0, t, conditions, draws, config.own_share)
         x_t = diffusion.add_noise(shown, noise, t)
-        output, sketch = model(x_t, t, return_sketch=True, **conditions)
+        if not sketches:
+            output, sketch = model(x_t, t, **conditions), None
+        else:
+            output, sketch = model(x_t, t, return_sketch=True, **conditions)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb).mean()
         if sketch is None:
             return loss, {}

@@ -132,8 +132,8 @@ def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP,
 
 
 class ZeroNetwork(nn.Module):
-    def forward(self, x_t: Tensor, t: Tensor, **conditions) -> tuple[Tensor, None]:
-        return torch.zeros_like(x_t), None
+    def forward(self, x_t: Tensor, t: Tensor, **conditions) -> Tensor:
+        return torch.zeros_like(x_t)
 
 
 def test_a_sketch_is_trained_to_be_the_small_picture(tiny_corpus: Path, clip: RememberedCLIP, rows):
