@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from benchmarks import page, presets, sampling
+from benchmarks import curve, page, presets, sampling
 
 TEXT = page.PAGE.read_text(encoding="utf-8")
 COMMANDS = re.findall(r"--json (docs/results/\S+)", TEXT)
@@ -20,7 +20,7 @@ def test_every_command_has_a_place_for_its_tables_and_every_file_a_command() -> 
     assert {str(path.relative_to(page.ROOT)) for path in files} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("module", [sampling, presets])
+@pytest.mark.parametrize("module", [sampling, presets, curve])
 def test_commands_parse(module) -> None:
     found = re.findall(rf"^python -m {re.escape(module.__name__)} ((?:.*\\\n)*.*)$", TEXT, re.M)
     assert found

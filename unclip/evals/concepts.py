@@ -260,14 +260,15 @@ def generator_of(
     callback: Callback | None = None,
     prior: StageSettings | None = None,
     best_of: int = 1,
+    decoder: StageSettings | None = None,
 ) -> Generate:
     """A pipeline's decoded pictures as a `Generate`, at the corpus's size, by what the decoder is given.
 
     condition: "prior", the whole way; "ar", the same by the autoregressive prior; "true_z_i", the embedding of the
     real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1); "caption", the text without any
-    z_i. prior: its settings, in place of the preset's. best_of: of so many pictures of a caption the one that CLIP
-    finds nearest to it. Raises ValueError for another condition or an unknown preset; what is returned, for another
-    `best_of`.
+    z_i. prior, decoder: their settings, in place of the preset's. best_of: of so many pictures of a caption the one
+    that CLIP finds nearest to it. Raises ValueError for another condition or an unknown preset; what is returned, for
+    another `best_of`.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
@@ -284,7 +285,7 @@ def generator_of(
             z_i = pipe.encode_image(to_pixels(corpus.pictures([draw.drawing.index for draw in draws])))
         else:
             z_i = text.z_t if condition == "text" else None
-        x = pipe.decode(z_i, text, seeds, settings["decoder"], callback)
+        x = pipe.decode(z_i, text, seeds, decoder or settings["decoder"], callback)
         if best_of > 1:
             x = x[best_rows(pipe.encode_image(x), text.z_t, best_of)]
         return to_bytes(x, corpus.side)
