@@ -120,13 +120,13 @@ def interpolate(
 ) -> None:
     """Pictures on the way from one picture or caption to another."""
     pipe = common.load()
-    given = given_pictures(common, a, b)
+    before, after = given_pictures(common, a), given_pictures(common, b)
     with closing(Bars()) as bars:
         result = pipe.interpolate(a, b, frames, x_t.value, **common.options(bars))
     made = shown(result, [f"{i / (frames - 1):.2f}" for i in range(frames)])
     title = f"from {name_of(a)} to {name_of(b)}, x_T {x_t.value}"
     chunks = {"source": a, "to": b, "frames": frames, "x_T": x_t.value}
-    write(common, pipe, f"{name_of(a)} to {name_of(b)}", title, made, chunks, given, gif)
+    write(common, pipe, f"{name_of(a)} to {name_of(b)}", title, made, chunks, before, gif, after=after)
 
 
 def edit(
@@ -214,7 +214,7 @@ def reconstruct(
 
     given, counts = given_pictures(common, picture), component_counts(pipe, counts)
     with closing(Bars()) as bars:
-        result = pipe.reconstruct(picture, counts, keep_alpha, **common.options(bars))
+        result = pipe.reconstruct(Path(picture), counts, keep_alpha, **common.options(bars))
     made = shown(result, [f"{count} component{'s' * (count > 1)}" for count in counts])
     title = f"{name_of(picture)} from its first components"
     chunks = {"source": picture, "keep_alpha": keep_alpha}
@@ -245,13 +245,15 @@ def name_of(source: str) -> str:
     return Path(source).stem if is_path(source) else source
 
 
-def given_pictures(common: Common, *sources: str) -> list[Given]:
-    """Those of the sources that are pictures, square and on white."""
+def given_pictures(common: Common, source: str) -> list[Given]:
+    """The source, square and on white, where it is a picture; else none."""
     from unclip.core.data import pil_from_pixels
     from unclip.sources import is_path, on_white, square
 
-    found = [(square(source, SHEET_SIDE, common.frame.value), source) for source in sources if is_path(source)]
-    return [Given(pil_from_pixels(on_white(picture))[0], name_of(source)) for picture, source in found]
+    if not is_path(source):
+        return []
+    picture = square(source, SHEET_SIDE, common.frame.value)
+    return [Given(pil_from_pixels(on_white(picture))[0], name_of(source))]
 
 
 def digest_of(source: object) -> str | None:
@@ -284,13 +286,15 @@ def write(
     given: Sequence[Given] = (),
     gif: bool = False,
     columns: int = 8,
+    after: Sequence[Given] = (),
 ) -> None:
     """Writes the pictures, then the animation and the sheet where asked, and prints their paths."""
     from unclip.pictures import made_by, picture_path, slug, write_gif, write_png
 
     files = {name: digest_of(operation[name]) for name in ("source", "to", "mask") if name in operation}
     said = {**operation, **{f"{name}_sha256": digest for name, digest in files.items() if digest}}
-    fixed = {**made_by(pipe), "operation": json.dumps(said), "settings": json.dumps(common.named())}
+    used = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}
+    fixed = {**made_by(pipe), "operation": json.dumps(said), "settings": json.dumps(common.named() | used)}
     taken: set[Path] = set()
 
     def path_for(ending: str, chunks: dict[str, str]) -> Path:
@@ -311,7 +315,7 @@ def write(
     if common.sheet:
         from unclip.evals.sheets import contact_sheet
 
-        cells = [*given[:1], *made, *given[1:]]
+        cells = [*given, *made, *after]
         side = min(SHEET_SIDE, max(MIN_CELL, made[0].image.width))
         labels = [cell.label for cell in cells]
         page = contact_sheet([[cell.image] for cell in cells], labels, columns, side, title)

@@ -101,12 +101,15 @@ def read_known(image: Picture, mask: Picture | None, side: int, frame: Frame = "
         raise ValueError(
             f"margin is {margin!r}; give a number from 0 to {MAX_MARGIN:g}, a part of the picture's sides."
         )
-    whole = framed(masked(load_image(image), mask), margin, frame)
+    picture = masked(load_image(image), mask)
+    whole = framed(picture, margin, frame)
     if whole.width > (most := LARGER * side):  # premultiplied: what is to be drawn colours nothing
         whole = whole.convert("RGBa").resize((most, most), Image.Resampling.BOX).convert("RGBA")
     alpha = whole.getchannel("A").resize((side, side), Image.Resampling.BILINEAR)
     keep = torch.from_numpy(np.array(alpha))[None, None] == 255  # (1, 1, side, side)
     if bool(keep.all()):
+        if picture.getchannel("A").getextrema()[0] < 255:
+            raise ValueError("what is to be drawn lies outside the centre square; give frame='pad'.")
         raise ValueError("nothing is to be drawn; paint some of the mask white, or give a margin.")
     return Known(pixels_from_pil(filled(whole), side), keep)
 

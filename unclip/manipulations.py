@@ -24,7 +24,7 @@ from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import Seed, resolve_timesteps
 from unclip.latents import Latent, slerp, text_difference, weighted_mean
 from unclip.presets import StageSettings
-from unclip.prompts import decode_prompts, embed_prompts, parse
+from unclip.prompts import decode_prompts, embed_prompts, plain
 from unclip.sources import (
     STEPS,
     Frame,
@@ -33,10 +33,10 @@ from unclip.sources import (
     Plan,
     Source,
     as_pixels,
-    check_latent,
     ddim_settings,
     draw_noise,
     draw_x_T,
+    heard_by,
     make_plan,
     on_white,
     read_source,
@@ -92,9 +92,9 @@ def invert(
 
 def embed(pipe: UnCLIP, source: Source, plan: Plan) -> Tensor:
     """z_i (1, d) of a picture, of a caption (the prior's, at the plan's first seed), of a latent."""
-    source = read_source(source)
+    source = read_source(pipe, source)
     if isinstance(source, Latent):
-        return check_latent(pipe, source).z_i
+        return source.z_i
     if isinstance(source, Image.Image):
         return pipe.encode_image(square(source, _side_seen(pipe), plan.frame)).float().cpu()
     settings = plan.settings["prior"]
@@ -103,9 +103,9 @@ def embed(pipe: UnCLIP, source: Source, plan: Plan) -> Tensor:
 
 def locate(pipe: UnCLIP, source: Source, plan: Plan) -> Latent:
     """The latent of a picture, by inversion; of a caption, the prior's z_i and x_T of the plan's first seed."""
-    source = read_source(source)
+    source = read_source(pipe, source)
     if isinstance(source, Latent):
-        return check_latent(pipe, source)
+        return source
     if isinstance(source, Image.Image):
         return invert(pipe, source, plan.ddim.steps, plan.ddim.guidance_scale, plan.frame, plan.callback)
     z_i = embed(pipe, source, plan)
@@ -122,9 +122,12 @@ def mix(
     """
     if isinstance(sources, Source) or not sources:
         raise ValueError(f"{sources!r} came to be mixed; give a list of pictures and captions.")
-    plan = make_plan(pipe, options)
+    plan = make_plan(pipe, options, hears=heard_by(*sources))
     weights = [1.0] * len(sources) if weights is None else weights
-    return weighted_mean(torch.stack([embed(pipe, source, plan) for source in sources]), weights)
+    if len(weights) != len(sources):
+        raise ValueError(f"{len(sources)} sources came with {len(weights)} weights; give one weight for each.")
+    read = [read_source(pipe, source) for source in sources]  # all, before the first is embedded
+    return weighted_mean(torch.stack([embed(pipe, source, plan) for source in read]), weights)
 
 
 # ------------------------------------------------------------------------------------------------ operations
@@ -148,9 +151,9 @@ def vary(
     width = pipe.decoder.config["z_i_width"]
     if isinstance(source, Tensor) and tuple(source.shape) != (1, width):
         raise ValueError(f"z_i is {tuple(source.shape)}; give (1, {width}), and n for several pictures of it.")
-    plan = make_plan(pipe, options, n)
+    plan = make_plan(pipe, options, n, heard_by(source))
     settings = ddim_settings(pipe, plan.ddim.steps, plan.ddim.guidance_scale, eta)
-    alpha = _alpha_of(source, plan) if keep_alpha else None
+    alpha = _alpha_of(pipe, source, plan) if keep_alpha else None
     if isinstance(source, Tensor):
         z_i = source.expand(n, -1)
         latent = Latent(z_i, draw_x_T(pipe, z_i, plan.seeds, plan.ddim, plan.callback))
@@ -178,7 +181,8 @@ def interpolate(
         raise ValueError(f"n is {n!r}; an interpolation has at least its 2 ends.")
     if x_T not in ("slerp", "fixed"):
         raise ValueError(f"x_T is {x_T!r}; give 'slerp' or 'fixed'.")
-    plan, t = make_plan(pipe, options), torch.linspace(0, 1, n, dtype=torch.float64)
+    plan, t = make_plan(pipe, options, hears=heard_by(a, b)), torch.linspace(0, 1, n, dtype=torch.float64)
+    a, b = read_source(pipe, a), read_source(pipe, b)  # both, before the first is inverted
     if x_T == "fixed":
         z_a, z_b = (embed(pipe, source, plan).expand(n, -1) for source in (a, b))
         z_i = slerp(z_a, z_b, t)
@@ -204,13 +208,13 @@ def edit(
 
     caption: what the picture shall show, z_t; from_caption: what it shows, z_t0, the empty caption if left out;
     strengths: θ of each result, 0 … 1; 0 reconstructs, the paper goes up to 0.25 … 0.5. Raises ValueError where both
-    captions are one.
+    captions are one, or one has parts or a weight.
     """
-    check_prompts([caption, *([from_caption] if from_caption else [])])
+    said = [plain(check_prompts(caption)[0]), plain(check_prompts(from_caption)[0]) if from_caption else ""]
     strengths = check_fractions("a strength", strengths)
-    plan = make_plan(pipe, options)
-    alpha = _alpha_of(source, plan) if keep_alpha else None
-    z_t, z_t0 = (F.normalize(pipe.encode_text(c).z_t.float(), dim=-1).cpu() for c in (caption, from_caption or ""))
+    plan = make_plan(pipe, options, hears=heard_by(source))
+    alpha = _alpha_of(pipe, source, plan) if keep_alpha else None
+    z_t, z_t0 = (F.normalize(pipe.encode_text(caption).z_t.float(), dim=-1).cpu() for caption in said)
     direction = text_difference(z_t, z_t0)
     n = len(strengths)
     latent = locate(pipe, source, plan).repeat(n)
@@ -234,9 +238,9 @@ def reconstruct(
     components: how many, for each result; the paper's counts as far as the model's basis goes, and all, if left out. A
     projected z_i is brought back to its norm. Raises ValueError where the model has no basis, or not so many.
     """
-    plan = make_plan(pipe, options)
+    plan = make_plan(pipe, options, hears=heard_by(source))
     counts = component_counts(pipe, components)
-    alpha = _alpha_of(source, plan) if keep_alpha else None
+    alpha = _alpha_of(pipe, source, plan) if keep_alpha else None
     z_i = embed(pipe, source, plan)
     basis: Any = pipe.pca
     parts = torch.cat([basis.project(z_i.to(basis.mean.device), k).cpu() for k in counts])
@@ -252,13 +256,11 @@ def study(pipe: UnCLIP, caption: str, n: int = 4, **options: Unpack[Options]) ->
     """What the prior is for (§5.1, Fig. 8): n pictures, from the same noise, by three conditions of the same decoder.
 
     "caption": the caption alone, z_i dropped; "text embedding": the caption, and its z_t in z_i's place; "prior": the
-    caption and the prior's z_i, which is what `pipe(caption)` draws. Raises ValueError for parts or weights.
+    caption and the prior's z_i, which is what `pipe(caption)` draws; `image_embeds` of the first are zeros. Raises
+    ValueError for parts or weights.
     """
-    plan = make_plan(pipe, options, n)
-    parts = parse(check_prompts(caption)[0])
-    if len(parts) > 1 or parts[0].weight != 1:
-        raise ValueError(f"the caption {caption!r} has parts or a weight; give a plain one.")
-    text = TextFeatures(*(x.repeat_interleave(n, 0) for x in pipe.encode_text(parts[0].text)))
+    plan, caption = make_plan(pipe, options, n), plain(check_prompts(caption)[0])
+    text = TextFeatures(*(x.repeat_interleave(n, 0) for x in pipe.encode_text(caption)))
     z_i = pipe.sample_z_i(text, plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
     results = {}
     for name, given in {"caption": None, "text embedding": text.z_t.float(), "prior": z_i}.items():
@@ -282,7 +284,7 @@ def probe(
     A variation is judged as the decoder drew it, before the upsamplers. Raises ValueError for less than two labels.
     """
     labels = check_labels(labels)
-    picture = square(image, _side_seen(pipe), make_plan(pipe, options).frame)
+    picture = square(image, _side_seen(pipe), make_plan(pipe, options, n, ()).frame)
     output = vary(pipe, image, n, eta, keep_alpha, **options)
     seen = (on_white(picture), as_pixels(output.stages[_side_drawn(pipe)]))
     probabilities = [pipe.clip.zero_shot(x.to(pipe.clip.device), labels).float().cpu() for x in seen]
@@ -305,7 +307,7 @@ def img2img(
     """
     (strength,) = check_fractions("strength", [strength])
     plan = make_plan(pipe, options, n)
-    alpha = _alpha_of(image, plan) if keep_alpha else None
+    alpha = _alpha_of(pipe, image, plan) if keep_alpha else None
     x = on_white(square(image, _side_drawn(pipe), plan.frame)).expand(n, -1, -1, -1)
     given = (plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
     conditions = embed_prompts(pipe, check_prompts(prompt), *given)
@@ -338,7 +340,7 @@ def component_counts(pipe: UnCLIP, components: Sequence[int] | None = None) -> l
 
 def check_labels(labels: Sequence[str]) -> list[str]:
     """Raises TypeError or ValueError unless there are two labels or more, each with words and none twice."""
-    if isinstance(labels, str) or len(set(labels)) < max(2, len(labels)) or any(not label.strip() for label in labels):
+    if isinstance(labels, str) or len({*labels, ""}) < max(3, len(labels) + 1):
         raise ValueError(f"labels are {labels!r}; give a list of two or more, each another and none empty.")
     return check_prompts(labels)
 
@@ -376,9 +378,9 @@ def _steps_below(pipe: UnCLIP, settings: StageSettings, strength: float) -> tupl
     return (first, *steps[above[-1] + 1 if above else 0 :]) if first >= 0 else ()
 
 
-def _alpha_of(source: Source | Tensor, plan: Plan) -> Image.Image:
+def _alpha_of(pipe: UnCLIP, source: Source | Tensor, plan: Plan) -> Image.Image:
     """The picture whose transparency results get. Raises ValueError where there is none."""
-    picture = None if isinstance(source, Tensor) else read_source(source)
+    picture = None if isinstance(source, Tensor) else read_source(pipe, source)
     if not isinstance(picture, Image.Image) or plan.output_type != "pil":
         raise ValueError(
             "keep_alpha came without a picture to keep it of, or for other than PIL pictures; leave it out."

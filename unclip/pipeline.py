@@ -359,7 +359,8 @@ class UnCLIP(DiffusionPipeline):
         seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts, self.clip), generator, asked)
         size, output_type = self.check_size(size), check_output_type(output_type)
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps, prior)
-        negative_prompt = check_negative(negative_prompt, self, settings, given is None and z_i is None)
+        hears = ("prior", "decoder") if given is None and z_i is None else ("decoder",)
+        negative_prompt = check_negative(negative_prompt, self, settings, hears)
         rows = len(seeds) // best_of
         if z_i is not None and tuple(z_i.shape) != (rows, self.decoder.config["z_i_width"]):
             raise ValueError(f"z_i is {tuple(z_i.shape)}; give ({rows}, {self.decoder.config['z_i_width']}).")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -52,12 +52,21 @@ def parse(prompt: str) -> list[Part]:
         if weight < 0:
             raise ValueError(f"the weight of {text!r} is {weight:g}; name what to avoid as a negative prompt instead.")
         if weight > most:
-            raise ValueError(f"the weight of {text!r} is {weight:g}; give one up to {most:g}.")
+            hint = "or put a space after the colon where it is part of the text"
+            raise ValueError(f"the weight of {text!r} is {weight:g}; give one up to {most:g}, {hint}.")
         parts.append(Part(text, weight))
     if len(parts) > 1 and not any(part.weight for part in parts):
         raise ValueError(f"all parts of the prompt {prompt!r} have the weight 0; give one of them more.")
     kept = [part for part in parts if part.weight] if len(parts) > 1 else parts
     return [Part(kept[0].text, 1.0)] if len(kept) == 1 < len(parts) else kept
+
+
+def plain(caption: str) -> str:
+    """A caption that stands for one text. Raises ValueError for one of several parts, or with a weight."""
+    parts = parse(caption)
+    if len(parts) > 1 or parts[0].weight != 1:
+        raise ValueError(f"the caption {caption!r} has parts or a weight; give a plain one.")
+    return parts[0].text
 
 
 class Conditions(NamedTuple):
@@ -163,17 +172,23 @@ def check_best_of(best_of: int, prompts: Sequence[str] | None, clip: CLIP) -> in
 
 
 def check_negative(
-    negative: str | None, pipe: UnCLIP, settings: Mapping[str, StageSettings], draws_z_i: bool = True
+    negative: str | None,
+    pipe: UnCLIP,
+    settings: Mapping[str, StageSettings],
+    hears: Collection[str] = ("prior", "decoder"),
 ) -> str | None:
     """A negative prompt, None for an empty one. Raises TypeError, or ValueError where no guidance would use it.
 
-    draws_z_i: whether the prior is asked at all.
+    hears: the stages that a prompt reaches.
     """
     if not isinstance(negative, str | None):
         raise TypeError(f"negative_prompt is of type {type(negative).__name__}; give a string.")
     if negative is None or not negative.strip():
         return None
-    heard = {"prior": draws_z_i, "decoder": pipe.decoder.config["text_width"] is not None}
-    if all(settings[stage].guidance_scale == 1 for stage in heard if heard[stage]):
-        raise ValueError("negative_prompt came with no guidance to use it; give a guidance scale above 1.")
-    return negative
+    heard = [stage for stage in hears if stage != "decoder" or pipe.decoder.config["text_width"] is not None]
+    if not heard:
+        raise ValueError("negative_prompt came where nothing is drawn from a prompt; leave it out.")
+    if all(settings[stage].guidance_scale == 1 for stage in heard):
+        stages = " or ".join(heard)
+        raise ValueError(f"negative_prompt came with no guidance to use it; give the {stages} a guidance scale above 1.")
+    return plain(negative)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -17,7 +17,7 @@ from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import Seed, picture_generators, resolve_timesteps, starting_noise
 from unclip.latents import Latent
 from unclip.presets import PriorName, StageSettings
-from unclip.prompts import check_negative
+from unclip.prompts import check_negative, parse
 
 if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
@@ -74,8 +74,11 @@ class Plan:
     callback: Callback | None
 
 
-def make_plan(pipe: UnCLIP, options: Options, n: int = 1) -> Plan:
-    """Raises TypeError for an option that is none, ValueError for a value out of range, before any work."""
+def make_plan(pipe: UnCLIP, options: Options, n: int = 1, hears: Collection[str] = ("prior", "decoder")) -> Plan:
+    """Raises TypeError for an option that is none, ValueError for a value out of range, before any work.
+
+    hears: the stages that a prompt reaches (`heard_by`); where the decoder is none of them it walks `Plan.ddim`.
+    """
     if unknown := options.keys() - Options.__annotations__.keys():
         raise TypeError(f"there is no option {sorted(unknown)[0]!r}; there are {', '.join(Options.__annotations__)}.")
     frame = options.get("frame", "crop")
@@ -88,8 +91,10 @@ def make_plan(pipe: UnCLIP, options: Options, n: int = 1) -> Plan:
         seeds=check_seeds(options.get("seed", 0), n),
         size=pipe.check_size(options.get("size")),
         settings=settings,
-        ddim=ddim_settings(pipe, STEPS if steps is None else steps, 1.0 if scale is None else scale),
-        negative=check_negative(options.get("negative_prompt"), pipe, settings),
+        ddim=ddim_settings(
+            pipe, STEPS if steps is None or "decoder" in hears else steps, 1.0 if scale is None else scale
+        ),
+        negative=check_negative(options.get("negative_prompt"), pipe, settings, hears),
         frame=frame,
         output_type=check_output_type(options.get("output_type", "pil")),
         callback=options.get("callback"),
@@ -158,8 +163,13 @@ def check_output_type(output_type: Any) -> OutputType:
     return output_type
 
 
-def read_source(source: Source) -> Image.Image | str | Latent:
-    """A picture loaded, upright, RGB or RGBA; a caption; or a latent of one row.
+def heard_by(*sources: Source | Tensor) -> tuple[str, ...]:
+    """Which stages a prompt reaches where these are decoded without their caption: the prior, for a caption's z_i."""
+    return ("prior",) if any(isinstance(source, str) and not is_path(source) for source in sources) else ()
+
+
+def read_source(pipe: UnCLIP, source: Source) -> Image.Image | str | Latent:
+    """A picture loaded, upright, RGB or RGBA; a caption; or a latent of one row, of this model's z_i and x_T.
 
     A `Path` is a picture. A string is one where there is a file of that name, it names a folder and is no mere word, or
     it ends like a picture's; every other string is a caption. Raises FileNotFoundError, TypeError, ValueError.
@@ -167,21 +177,18 @@ def read_source(source: Source) -> Image.Image | str | Latent:
     if isinstance(source, Latent):
         if len(source.z_i) != 1 or len(source.x_T) != 1:
             raise ValueError(f"a latent of {len(source.z_i)} rows came; give one row, as latent.row(i).")
+        side, width = pipe.sizes[0], int(pipe.decoder.config["z_i_width"])
+        if source.z_i.shape[1:] != (width,) or source.x_T.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"a latent of z_i {tuple(source.z_i.shape)} and x_T {tuple(source.x_T.shape)} came; this model's are "
+                f"(1, {width}) and (1, 3, {side}, {side})."
+            )
         return source
     if isinstance(source, str) and not is_path(source):
-        return check_prompts(source)[0]
+        (caption,) = check_prompts(source)
+        parse(caption)
+        return caption
     return load_image(source)
-
-
-def check_latent(pipe: UnCLIP, latent: Latent) -> Latent:
-    """The latent. Raises ValueError unless it is of this model's z_i and x_T."""
-    side, width = pipe.sizes[0], int(pipe.decoder.config["z_i_width"])
-    if latent.z_i.shape[1:] != (width,) or latent.x_T.shape[1:] != (3, side, side):
-        raise ValueError(
-            f"a latent of z_i {tuple(latent.z_i.shape)} and x_T {tuple(latent.x_T.shape)} came; this model's are "
-            f"(1, {width}) and (1, 3, {side}, {side})."
-        )
-    return latent
 
 
 def is_path(text: str) -> bool:

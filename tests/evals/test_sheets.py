@@ -48,6 +48,12 @@ def test_the_saved_sheet_is_whole_and_alone(tmp_path):
     assert Image.open(path).size == sheet.size
 
 
+def test_a_long_title_takes_lines_and_no_width():
+    cells, titles = [[Image.new("RGB", (8, 8))]], ("", "short", "so long that one line of one cell cannot hold it")
+    none, short, long = (contact_sheet(cells, ["x"], title=title).size for title in titles)
+    assert none[0] == short[0] == long[0] and none[1] < short[1] < long[1]
+
+
 def test_bad_input_is_named():
     image = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="1 cells came with 2 labels"):

@@ -127,6 +127,23 @@ def test_an_animation_goes_there_and_back(run) -> None:
         assert animation.info["loop"] == 0
 
 
+def test_a_picture_stands_at_its_own_end_of_a_sheet(run) -> None:
+    for ends, cells in (
+        (("photo.png", "two stars"), ["photo", "0.00", "1.00"]),
+        (("two stars", "photo.png"), ["0.00", "1.00", "photo"]),
+    ):
+        status, out, err = run("interpolate", *ends, "--frames", 2, "--steps", 2, "--sheet")
+        assert status == 0, err
+        assert json.loads((read_chunks(Path(out[-1])) or {})["cells"]) == cells
+
+
+def test_settings_name_what_was_really_computed_with(run) -> None:
+    status, out, err = run("vary", "photo.png", "--num-images", 1, "--steps", 1)
+    assert status == 0, err
+    settings = json.loads((read_chunks(Path(out[0])) or {})["settings"])
+    assert (settings["dtype"], settings["device"]) == ("float32", "cpu")
+
+
 def test_labels_are_printed_with_their_probabilities(run) -> None:
     status, out, err = run("vary", "photo.png", "--labels", "apple, fish", "--num-images", 2, "--steps", 2, "--sheet")
     assert status == 0, err
@@ -165,6 +182,10 @@ def test_a_basis_is_fitted_and_pictures_are_made_of_its_first_components(
     ]
     labels = [(read_chunks(Path(path)) or {})["label"] for path in out.splitlines()[:3]]
     assert labels == ["1 component", "4 components", "16 components"]
+    with pytest.raises(SystemExit) as caught:  # the name of no file is no caption
+        main(["reconstruct", "photo", *(str(word) for word in few)])
+    assert caught.value.code == 2
+    assert "photo" in capsys.readouterr().err
     status, _, err = run("reconstruct", "photo.png")
     assert status == 2
     assert "unclip pca fit" in err

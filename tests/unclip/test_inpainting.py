@@ -306,6 +306,10 @@ def test_progress_ends_where_it_says(pipe: UnCLIP) -> None:
         (lambda p: p.inpaint(noise_picture(16), Image.new("L", (16, 16)), CAPTION), "nothing is to be drawn"),
         (lambda p: p.inpaint(noise_picture(16), None, CAPTION), "nothing is to be drawn"),
         (
+            lambda p: p.inpaint(Image.new("RGB", (40, 16)), mask_of(40, 16, (0, 0, 7, 15)), CAPTION),
+            "outside the centre square",
+        ),
+        (
             lambda p: p.inpaint(Image.new("RGB", (1, 8000)), None, CAPTION, margin=1.0, frame="pad"),
             "with its margins is 24000×24000",
         ),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from unclip.latents import Latent, slerp
 from unclip.manipulations import _steps_below, component_counts
 from unclip.pipeline import UnCLIP
 from unclip.presets import StageSettings
-from unclip.sources import ddim_settings, draw_noise, draw_x_T, low_grid, square
+from unclip.sources import ddim_settings, draw_noise, draw_x_T, low_grid, make_plan, square
 
 CAPTION, OTHER = "a red apple", "two yellow stars"
 FEW = {"steps": 4, "size": 16}
@@ -104,7 +105,10 @@ def test_any_mode_and_size_is_a_picture(pipe: UnCLIP, mode: str, size: tuple[int
     image = Image.new("L", size, 200).convert("I").convert("I;16") if mode == "I;16" else Image.new("L", size, 200)
     image = image if mode == "I;16" else image.convert("RGB").convert(mode) if mode != "F" else image.convert("F")
     for frame in ("crop", "pad"):
-        assert pipe.invert(image, 1, frame=frame).x_T.isfinite().all()
+        latent = pipe.invert(image, 1, frame=frame)
+        assert latent.x_T.isfinite().all()
+        if mode == "I":  # eight bits in 32
+            assert torch.equal(latent.z_i, pipe.invert(image.convert("L"), 1, frame=frame).z_i)
 
 
 def test_pictures_are_upright_on_white_and_framed_as_asked(pipe: UnCLIP, tmp_path: Path) -> None:
@@ -270,6 +274,58 @@ def test_a_negative_prompt_is_that_of_a_prompt(pipe: UnCLIP) -> None:
         for negative in (OTHER, None)
     )
     assert not same(with_it, without)
+
+
+def test_a_negative_prompt_that_nothing_hears_is_refused(pipe: UnCLIP) -> None:
+    """Where a picture or a latent is decoded without its caption no guidance leads away from anything."""
+    given: dict[str, Any] = {"negative_prompt": OTHER, "guidance_scale": 3.0, **FEW}
+    for call in (
+        lambda: pipe.vary(picture(), 1, **given),
+        lambda: pipe.vary(pipe.mix([picture()], **FEW), 1, **given),
+        lambda: pipe.interpolate(picture(), picture(), 2, **given),
+        lambda: pipe.edit(picture(), CAPTION, strengths=[0.5], **given),
+        lambda: pipe.probe(picture(), ["red", "blue"], 1, **given),
+        lambda: pipe.mix([picture()], **given),
+    ):
+        with pytest.raises(ValueError, match="nothing is drawn from a prompt"):
+            call()
+    for scale in (1.0, 2.0):  # of a caption's z_i the prior hears it, where it is guided
+        heard = {**given, "prior_guidance_scale": scale}
+        if scale == 1:
+            with pytest.raises(ValueError, match="the prior a guidance scale above 1"):
+                pipe.vary(CAPTION, 1, **heard)
+        else:
+            without = pipe.vary(CAPTION, 1, **{**heard, "negative_prompt": None}).image_embeds
+            assert not torch.equal(pipe.vary(CAPTION, 1, **heard).image_embeds, without)
+    with pytest.raises(ValueError, match="parts or a weight"):
+        pipe(CAPTION, size=16, guidance_scale=3.0, negative_prompt="a leaf | a twig")
+
+
+def test_the_steps_of_an_inversion_bound_nothing_else(pipe: UnCLIP) -> None:
+    plan = make_plan(pipe, {"steps": 950})
+    assert plan.settings["decoder"].steps == 950
+    with pytest.raises(ValueError, match="give 1 to 920"):
+        make_plan(pipe, {"steps": 950}, hears=())
+
+
+def test_all_sources_are_read_before_any_is_inverted(pipe: UnCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a network ran")
+
+    monkeypatch.setattr(UnCLIP, "decode", never)
+    monkeypatch.setattr(UnCLIP, "encode_image", never)
+    latent = Latent(torch.ones(1, 5), torch.zeros(1, 3, 16, 16))
+    for source, error in (("typo.png", FileNotFoundError), ("a fox|", ValueError), (latent, ValueError)):
+        with pytest.raises(error):
+            pipe.interpolate(picture(), source, 2, **FEW)
+        with pytest.raises(error):
+            pipe.mix([picture(), source], **FEW)
+    with pytest.raises(ValueError, match="2 sources came with 1 weights"):
+        pipe.mix([picture(), CAPTION], [1.0], **FEW)
+    with pytest.raises(ValueError, match="parts or a weight"):
+        pipe.edit(picture(), "a green apple:1.5 | a leaf", **FEW)
+    with pytest.raises(TypeError):
+        pipe.probe(picture(), [1, 2], **FEW)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_study_gives_one_decoder_three_conditions(pipe: UnCLIP) -> None:

@@ -155,7 +155,7 @@ def evaluate(
     from unclip.pipeline import UnCLIP
 
     folder, name = find_model(model)
-    real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed)
+    real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed, device)
     drawings = [real.drawings[row] for row in rows]
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     pictures = same_drawings(given or corpus, drawings, pipe.check_size(size))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.arguments import choose_device
 from unclip.core.files import write_json
 from unclip.corpora.shapes import COLOURS, SHAPES, Scene, captions_of, draw, scenes
 from unclip.evals.concepts import Gallery, corpus_features, dtype_of, trained_concepts, wilson
@@ -146,7 +147,7 @@ def correlations(values: Sequence[float]) -> dict[str, float]:
 
 
 def judged_drawings(
-    folder: Path, corpus: str | Path, split: str, count: int, seed: int
+    folder: Path, corpus: str | Path, split: str, count: int, seed: int, device: str | None = None
 ) -> tuple[Corpus, list[int], Gallery, Judge]:
     """The corpus, rows of `count` drawings of a split, of the concepts that the model in `folder` was trained on, the
     mean features of all concepts, and the network that made them. Raises ValueError, FileNotFoundError.
@@ -154,7 +155,7 @@ def judged_drawings(
     real = load_corpus(corpus)
     of_split = [drawing for drawing in real.drawings if drawing.split == split]
     rows = choose(of_split, count, trained_concepts(folder), seed)
-    judge = Judge()
+    judge = Judge(choose_device(device))
     gallery = Gallery(corpus_features(real, featurize=judge), [drawing.concept for drawing in real.drawings])
     return real, rows, gallery, judge
 
@@ -184,7 +185,7 @@ def evaluate(
     if seeds < 1:
         raise ValueError(f"seeds={seeds} came; ask for at least one variation of each drawing.")
     folder, name = find_model(model)
-    real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed)
+    real, rows, gallery, judge = judged_drawings(folder, corpus, split, count, seed, device)
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     latents = pipe.invert(to_images(real.pictures(rows)), steps, guidance_scale, callback=callback)
     sources = [latents.row(i) for i in range(count)]

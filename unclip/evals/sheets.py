@@ -50,11 +50,13 @@ def contact_sheet(
     height = side + max(len(lines) for lines in wrapped) * line + gap // 2
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
-    top = gap + (line + gap if title else 0)
-    sheet = Image.new("RGB", (gap + columns * (width + gap), top + rows * (height + gap)), PAPER)
+    whole = columns * (width + gap) - gap
+    heading = wrap(title, font, whole) if title else []
+    top = gap + (len(heading) * line + gap if heading else 0)
+    sheet = Image.new("RGB", (whole + 2 * gap, top + rows * (height + gap)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((gap, gap), title, INK, font)
+    for i, text in enumerate(heading):
+        draw.text((gap, gap + i * line), text, INK, font)
     for i, (cell, lines) in enumerate(zip(cells, wrapped, strict=True)):
         x, y = gap + i % columns * (width + gap), top + i // columns * (height + gap)
         for j, picture in enumerate(cell):
