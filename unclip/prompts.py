@@ -189,6 +189,6 @@ def check_negative(
     if not heard:
         raise ValueError("negative_prompt came where nothing is drawn from a prompt; leave it out.")
     if all(settings[stage].guidance_scale == 1 for stage in heard):
-        stages = " or ".join(heard)
-        raise ValueError(f"negative_prompt came with no guidance to use it; give the {stages} a guidance scale above 1.")
+        who = " or ".join(heard)
+        raise ValueError(f"negative_prompt came with no guidance to use it; give the {who} a guidance scale above 1.")
     return plain(negative)
