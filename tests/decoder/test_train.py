@@ -18,6 +18,7 @@ from decoder.train import (
     decoder_loss,
     decoder_samples,
     draw_timesteps,
+    edge_error,
     embedding_spread,
     own_predictions,
     run,
@@ -314,6 +315,8 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(tiny_corpus: Path, tiny_cli
         ({"noisy_share": -0.1}, r"noisy_share is -0.1; expected a part of the samples"),
         ({"noisy_from": 1000}, "noisy_from is 1000; expected a step, 0 to 999"),
         ({"own_share": 0.5}, "own_share needs the prediction sample, and it is epsilon"),
+        ({"edges": 1.0}, "edges needs the prediction sample, and it is epsilon"),
+        ({"edges": -1.0}, "edges is -1.0; expected a weight"),
         ({"sketch_alone": True}, "sketch_alone trains a sketch, and the model has none"),
         ({"z_i_noise": -1.0}, r"z_i_noise is -1.0; expected deviations"),
     ],
@@ -390,5 +393,19 @@ def test_the_sketch_is_trained_as_part_of_the_network_that_starts_from_it():
     folder = Path(__file__).parents[2] / "recipes" / "emoji"
     alone, whole = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("decoder_sketch", "decoder"))
     assert alone["sketch_alone"] and whole["start"] == alone["train"]["out"] != whole["train"]["out"]
-    own = {"train", "start", "weighting", "gamma", "noisy_share", "noisy_from", "own_share"}
+    own = {"train", "start", "weighting", "gamma", "noisy_share", "noisy_from", "own_share", "edges"}
     assert all(alone[name] == whole[name] for name in whole.keys() - own)
+
+
+def test_edges_are_of_neighbours_alone_and_their_median_is_what_counts():
+    x0 = torch.rand(2, 3, 5, 7)
+    assert edge_error(x0 + 0.3, x0) < 1e-6  # one shade all over has no edge
+    x = x0.clone()
+    x[:, :, 2, 3] += 0.5  # a dot has two edges in each direction
+    assert torch.allclose(edge_error(x, x0), torch.tensor(0.5 * 2 / (5 * 6) + 0.5 * 2 / (4 * 7)))
+    targets = torch.zeros(4, 3, 1, 2)
+    targets[0, ..., 1] = 1  # three fills of four are plain: the least squared error is a step of a quarter
+    step = torch.tensor(0.25, requires_grad=True)
+    x = (step * torch.tensor([0.0, 1.0])).expand(4, 3, 1, 2)
+    assert torch.autograd.grad(F.mse_loss(x, targets), step, retain_graph=True)[0].abs() < 1e-6
+    assert torch.autograd.grad(edge_error(x, targets), step)[0] > 0.1  # and here it is to be plain
