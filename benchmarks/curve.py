@@ -10,9 +10,10 @@ from text to 64×64, medians of several, in turn by every row.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from benchmarks.machine import describe, timed, write
 from benchmarks.presets import PROMPTS, table
 from unclip.arguments import DTYPES
 from unclip.evals.concepts import generator_of, measure, trained_concepts
-from unclip.evals.corpus import load_corpus
+from unclip.evals.corpus import Corpus, load_corpus
+from unclip.evals.features import Judge
 from unclip.folder import find_model
 from unclip.pipeline import UnCLIP
 from unclip.presets import StageSettings
@@ -43,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for steps in options.steps
     ]
     seconds = of_time(pipe, sides, options, device)
+    real, trained = load_corpus(options.corpus), trained_concepts(find_model(options.model)[0])
+    quality = functools.partial(of_quality, pipe, real, trained, options.preset, options.count, Judge(device))
     rows = [
-        {"solver": side.solver, "steps": side.steps, **of_quality(pipe, side, options), "seconds": taken}
+        {"solver": side.solver, "steps": side.steps, **quality(side), "seconds": taken}
         for side, taken in zip(sides, seconds, strict=True)
     ]
     print(table(rows))
@@ -68,13 +72,19 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def of_quality(pipe: UnCLIP, side: StageSettings, options: argparse.Namespace) -> dict[str, float]:
-    """Top-5 accuracy over the ceiling, of each split."""
-    real, found = load_corpus(options.corpus), {}
-    trained = trained_concepts(find_model(options.model)[0])
+def of_quality(
+    pipe: UnCLIP,
+    real: Corpus,
+    trained: Collection[str] | None,
+    preset: str,
+    count: int,
+    judge: Judge,
+    side: StageSettings,
+) -> dict[str, float]:
+    """Top-5 accuracy over the ceiling, of `count` captions of each split; the decoder's settings are `side`."""
+    found, generate = {}, generator_of(pipe, real, preset=preset, decoder=side)
     for split in SPLITS:
-        generate = generator_of(pipe, real, preset=options.preset, decoder=side)
-        figures = measure(generate, real, split, options.count, trained)[0]
+        figures = measure(generate, real, split, count, trained, featurize=judge)[0]
         found[f"top-5, {split}"] = figures["over_ceiling"]["top5"]
         print(f"{side.solver} {side.steps} {split}: {found[f'top-5, {split}']}", file=sys.stderr)
     return found

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import curve, presets, sampling
+from benchmarks import presets, sampling
 from unclip.core.files import whole_file
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def tables(path: Path) -> str:
     if "tiles" in data:
         return f"{presets.table(data['rows'])}\n\n{presets.table(data['tiles'])}\n"
     if "solvers" in data["options"]:
-        return f"{curve.table(data['rows'])}\n"
+        return f"{presets.table(data['rows'])}\n"
     return sampling.table([sampling.Row(**row) for row in data["rows"]]) + "\n"
 
 

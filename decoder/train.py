@@ -178,7 +178,7 @@ def decoder_loss(
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma, config.lambda_vlb).mean()
         errors = {} if sketch is None else {"sketch": sketch_error(sketch, x0)}
         if config.edges:
-            errors["edges"] = config.edges * edge_error(output[:, :3], x0)
+            errors["edges"] = config.edges * edge_error(diffusion.split(output)[0], x0)
         return loss + sum(errors.values()), {name: error.detach() for name, error in errors.items()}
 
     return loss_fn

@@ -289,12 +289,12 @@ def write(
     after: Sequence[Given] = (),
 ) -> None:
     """Writes the pictures, then the animation and the sheet where asked, and prints their paths."""
-    from unclip.pictures import made_by, picture_path, slug, write_gif, write_png
+    from unclip.pictures import computed_with, made_by, picture_path, slug, write_gif, write_png
 
     files = {name: digest_of(operation[name]) for name in ("source", "to", "mask") if name in operation}
     said = {**operation, **{f"{name}_sha256": digest for name, digest in files.items() if digest}}
-    used = {"dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}
-    fixed = {**made_by(pipe), "operation": json.dumps(said), "settings": json.dumps(common.named() | used)}
+    settings = common.named() | computed_with(pipe)
+    fixed = {**made_by(pipe), "operation": json.dumps(said), "settings": json.dumps(settings)}
     taken: set[Path] = set()
 
     def path_for(ending: str, chunks: dict[str, str]) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unclip.arguments import Callback, check_prompts
 from unclip.clip.model import TextFeatures
+from unclip.core.data import load_image
 from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import Seed, resolve_timesteps
 from unclip.latents import Latent, slerp, text_difference, weighted_mean
@@ -31,6 +32,7 @@ from unclip.sources import (
     Options,
     Picture,
     Plan,
+    Read,
     Source,
     as_pixels,
     ddim_settings,
@@ -90,9 +92,8 @@ def invert(
     return Latent(z_i.float().cpu(), x_T.cpu())
 
 
-def embed(pipe: UnCLIP, source: Source, plan: Plan) -> Tensor:
+def embed(pipe: UnCLIP, source: Read, plan: Plan) -> Tensor:
     """z_i (1, d) of a picture, of a caption (the prior's, at the plan's first seed), of a latent."""
-    source = read_source(pipe, source)
     if isinstance(source, Latent):
         return source.z_i
     if isinstance(source, Image.Image):
@@ -101,9 +102,8 @@ def embed(pipe: UnCLIP, source: Source, plan: Plan) -> Tensor:
     return embed_prompts(pipe, [source], plan.seeds[:1], settings, plan.callback, plan.negative).z_i.cpu()
 
 
-def locate(pipe: UnCLIP, source: Source, plan: Plan) -> Latent:
+def locate(pipe: UnCLIP, source: Read, plan: Plan) -> Latent:
     """The latent of a picture, by inversion; of a caption, the prior's z_i and x_T of the plan's first seed."""
-    source = read_source(pipe, source)
     if isinstance(source, Latent):
         return source
     if isinstance(source, Image.Image):
@@ -122,11 +122,11 @@ def mix(
     """
     if isinstance(sources, Source) or not sources:
         raise ValueError(f"{sources!r} came to be mixed; give a list of pictures and captions.")
-    plan = make_plan(pipe, options, hears=heard_by(*sources))
     weights = [1.0] * len(sources) if weights is None else weights
     if len(weights) != len(sources):
         raise ValueError(f"{len(sources)} sources came with {len(weights)} weights; give one weight for each.")
-    read = [read_source(pipe, source) for source in sources]  # all, before the first is embedded
+    read = [read_source(pipe, source) for source in sources]
+    plan = make_plan(pipe, options, hears=heard_by(*read))
     return weighted_mean(torch.stack([embed(pipe, source, plan) for source in read]), weights)
 
 
@@ -151,14 +151,15 @@ def vary(
     width = pipe.decoder.config["z_i_width"]
     if isinstance(source, Tensor) and tuple(source.shape) != (1, width):
         raise ValueError(f"z_i is {tuple(source.shape)}; give (1, {width}), and n for several pictures of it.")
-    plan = make_plan(pipe, options, n, heard_by(source))
+    given = source if isinstance(source, Tensor) else read_source(pipe, source)
+    plan = make_plan(pipe, options, n, heard_by(given))
     settings = ddim_settings(pipe, plan.ddim.steps, plan.ddim.guidance_scale, eta)
-    alpha = _alpha_of(pipe, source, plan) if keep_alpha else None
-    if isinstance(source, Tensor):
-        z_i = source.expand(n, -1)
+    alpha = _alpha_of(given, plan) if keep_alpha else None
+    if isinstance(given, Tensor):
+        z_i = given.expand(n, -1)
         latent = Latent(z_i, draw_x_T(pipe, z_i, plan.seeds, plan.ddim, plan.callback))
     else:
-        latent = locate(pipe, source, plan).repeat(n)
+        latent = locate(pipe, given, plan).repeat(n)
     x = pipe.decode(latent.z_i, None, plan.seeds, settings, plan.callback, latent.x_T)
     return _finish(pipe, x, latent.z_i, plan.seeds, plan, alpha)
 
@@ -181,14 +182,14 @@ def interpolate(
         raise ValueError(f"n is {n!r}; an interpolation has at least its 2 ends.")
     if x_T not in ("slerp", "fixed"):
         raise ValueError(f"x_T is {x_T!r}; give 'slerp' or 'fixed'.")
-    plan, t = make_plan(pipe, options, hears=heard_by(a, b)), torch.linspace(0, 1, n, dtype=torch.float64)
-    a, b = read_source(pipe, a), read_source(pipe, b)  # both, before the first is inverted
+    ends = [read_source(pipe, source) for source in (a, b)]
+    plan, t = make_plan(pipe, options, hears=heard_by(*ends)), torch.linspace(0, 1, n, dtype=torch.float64)
     if x_T == "fixed":
-        z_a, z_b = (embed(pipe, source, plan).expand(n, -1) for source in (a, b))
+        z_a, z_b = (embed(pipe, source, plan).expand(n, -1) for source in ends)
         z_i = slerp(z_a, z_b, t)
         latent = Latent(z_i, draw_x_T(pipe, z_i, plan.seeds * n, plan.ddim, plan.callback))
     else:
-        start, end = (locate(pipe, source, plan).repeat(n) for source in (a, b))
+        start, end = (locate(pipe, source, plan).repeat(n) for source in ends)
         latent = Latent(slerp(start.z_i, end.z_i, t), slerp(start.x_T, end.x_T, t))
     x = pipe.decode(latent.z_i, None, plan.seeds * n, plan.ddim, plan.callback, latent.x_T)
     return _finish(pipe, x, latent.z_i, plan.seeds * n, plan)
@@ -210,14 +211,14 @@ def edit(
     strengths: θ of each result, 0 … 1; 0 reconstructs, the paper goes up to 0.25 … 0.5. Raises ValueError where both
     captions are one, or one has parts or a weight.
     """
-    said = [plain(check_prompts(caption)[0]), plain(check_prompts(from_caption)[0]) if from_caption else ""]
-    strengths = check_fractions("a strength", strengths)
-    plan = make_plan(pipe, options, hears=heard_by(source))
-    alpha = _alpha_of(pipe, source, plan) if keep_alpha else None
+    said = [plain(caption), plain(from_caption) if from_caption else ""]
+    strengths, read = check_fractions("a strength", strengths), read_source(pipe, source)
+    plan = make_plan(pipe, options, hears=heard_by(read))
+    alpha = _alpha_of(read, plan) if keep_alpha else None
     z_t, z_t0 = (F.normalize(pipe.encode_text(caption).z_t.float(), dim=-1).cpu() for caption in said)
     direction = text_difference(z_t, z_t0)
     n = len(strengths)
-    latent = locate(pipe, source, plan).repeat(n)
+    latent = locate(pipe, read, plan).repeat(n)
     # as long as z_i is: not every CLIP's embeddings have unit norm
     direction = direction * latent.z_i.norm(dim=-1, keepdim=True)
     z_i = slerp(latent.z_i, direction, torch.tensor(strengths, dtype=torch.float64))
@@ -238,10 +239,10 @@ def reconstruct(
     components: how many, for each result; the paper's counts as far as the model's basis goes, and all, if left out. A
     projected z_i is brought back to its norm. Raises ValueError where the model has no basis, or not so many.
     """
-    plan = make_plan(pipe, options, hears=heard_by(source))
-    counts = component_counts(pipe, components)
-    alpha = _alpha_of(pipe, source, plan) if keep_alpha else None
-    z_i = embed(pipe, source, plan)
+    read, counts = read_source(pipe, source), component_counts(pipe, components)
+    plan = make_plan(pipe, options, hears=heard_by(read))
+    alpha = _alpha_of(read, plan) if keep_alpha else None
+    z_i = embed(pipe, read, plan)
     basis: Any = pipe.pca
     parts = torch.cat([basis.project(z_i.to(basis.mean.device), k).cpu() for k in counts])
     parts = F.normalize(parts, dim=-1) * z_i.norm(dim=-1, keepdim=True)
@@ -259,7 +260,7 @@ def study(pipe: UnCLIP, caption: str, n: int = 4, **options: Unpack[Options]) ->
     caption and the prior's z_i, which is what `pipe(caption)` draws; `image_embeds` of the first are zeros. Raises
     ValueError for parts or weights.
     """
-    plan, caption = make_plan(pipe, options, n), plain(check_prompts(caption)[0])
+    plan, caption = make_plan(pipe, options, n), plain(caption)
     text = TextFeatures(*(x.repeat_interleave(n, 0) for x in pipe.encode_text(caption)))
     z_i = pipe.sample_z_i(text, plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
     results = {}
@@ -306,9 +307,9 @@ def img2img(
     strength: the noise level at which the decoder takes over: 0 leaves the picture, 1 draws as `pipe(prompt)` does.
     """
     (strength,) = check_fractions("strength", [strength])
-    plan = make_plan(pipe, options, n)
-    alpha = _alpha_of(pipe, image, plan) if keep_alpha else None
-    x = on_white(square(image, _side_drawn(pipe), plan.frame)).expand(n, -1, -1, -1)
+    plan, picture = make_plan(pipe, options, n), load_image(image)
+    alpha = _alpha_of(picture, plan) if keep_alpha else None
+    x = on_white(square(picture, _side_drawn(pipe), plan.frame)).expand(n, -1, -1, -1)
     given = (plan.seeds, plan.settings["prior"], plan.callback, plan.negative)
     conditions = embed_prompts(pipe, check_prompts(prompt), *given)
     settings = plan.settings["decoder"]
@@ -340,7 +341,8 @@ def component_counts(pipe: UnCLIP, components: Sequence[int] | None = None) -> l
 
 def check_labels(labels: Sequence[str]) -> list[str]:
     """Raises TypeError or ValueError unless there are two labels or more, each with words and none twice."""
-    if isinstance(labels, str) or len({*labels, ""}) < max(3, len(labels) + 1):
+    empty = any(not str(label).strip() for label in labels)
+    if isinstance(labels, str) or len(set(labels)) < max(2, len(labels)) or empty:
         raise ValueError(f"labels are {labels!r}; give a list of two or more, each another and none empty.")
     return check_prompts(labels)
 
@@ -378,14 +380,13 @@ def _steps_below(pipe: UnCLIP, settings: StageSettings, strength: float) -> tupl
     return (first, *steps[above[-1] + 1 if above else 0 :]) if first >= 0 else ()
 
 
-def _alpha_of(pipe: UnCLIP, source: Source | Tensor, plan: Plan) -> Image.Image:
+def _alpha_of(source: Read | Tensor, plan: Plan) -> Image.Image:
     """The picture whose transparency results get. Raises ValueError where there is none."""
-    picture = None if isinstance(source, Tensor) else read_source(pipe, source)
-    if not isinstance(picture, Image.Image) or plan.output_type != "pil":
+    if not isinstance(source, Image.Image) or plan.output_type != "pil":
         raise ValueError(
             "keep_alpha came without a picture to keep it of, or for other than PIL pictures; leave it out."
         )
-    return picture
+    return source
 
 
 def _finish(

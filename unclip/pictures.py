@@ -66,8 +66,7 @@ def draw(
     of a sheet of them all.
     """
     chosen = pipe.settings(preset, guidance_scale, prior_guidance_scale, prior=prior)
-    settings = {"size": size or pipe.sizes[-1], "preset": preset, "dtype": str(pipe.dtype).removeprefix("torch.")}
-    settings |= {"device": pipe.device.type, **write_preset(chosen)}
+    settings = {"size": size or pipe.sizes[-1], "preset": preset, **computed_with(pipe), **write_preset(chosen)}
     settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
     settings |= {"tile": pipe.tile} if pipe.tile else {}
     common = {"settings": json.dumps(settings), **made_by(pipe)}
@@ -99,6 +98,11 @@ def made_by(pipe: UnCLIP) -> dict[str, str]:
     from unclip.folder import model_digest
 
     return {"model": pipe.model_name, "model_digest": model_digest(pipe), "software": f"unclip {__version__}"}
+
+
+def computed_with(pipe: UnCLIP) -> dict[str, str]:
+    """The dtype and the kind of device that a pipeline really computes with, whatever was asked for."""
+    return {"dtype": str(pipe.dtype).removeprefix("torch."), "device": pipe.device.type}
 
 
 def groups(prompts: Sequence[str], num_images: int, most: int = AT_ONCE) -> Iterator[tuple[Sequence[str], int, int]]:

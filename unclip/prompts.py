@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.arguments import Callback
+from unclip.arguments import Callback, check_prompts
 from unclip.clip.model import CLIP, NO_IMAGE_TOWER, TextFeatures
 from unclip.core.sampling import Seed
 from unclip.latents import slerp, weighted_mean
@@ -62,8 +62,8 @@ def parse(prompt: str) -> list[Part]:
 
 
 def plain(caption: str) -> str:
-    """A caption that stands for one text. Raises ValueError for one of several parts, or with a weight."""
-    parts = parse(caption)
+    """A caption that stands for one text. Raises TypeError, ValueError for none, for several parts, or a weight."""
+    parts = parse(*check_prompts([caption]))
     if len(parts) > 1 or parts[0].weight != 1:
         raise ValueError(f"the caption {caption!r} has parts or a weight; give a plain one.")
     return parts[0].text

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Frame = Literal["crop", "pad"]
 Picture = str | Path | Image.Image
 Source = Picture | Latent  # a string is the path of a picture where it looks like one, else a caption
+Read = Image.Image | str | Latent  # a source that `read_source` has read: a string is a caption
 STEPS = 100
 # Of all steps. Below, what a network calls noise in a clean picture is its own error over a σ close to 0: docs/log.md.
 LOWEST = 0.08
@@ -163,12 +164,12 @@ def check_output_type(output_type: Any) -> OutputType:
     return output_type
 
 
-def heard_by(*sources: Source | Tensor) -> tuple[str, ...]:
+def heard_by(*sources: Read | Tensor) -> tuple[str, ...]:
     """Which stages a prompt reaches where these are decoded without their caption: the prior, for a caption's z_i."""
-    return ("prior",) if any(isinstance(source, str) and not is_path(source) for source in sources) else ()
+    return ("prior",) if any(isinstance(source, str) for source in sources) else ()
 
 
-def read_source(pipe: UnCLIP, source: Source) -> Image.Image | str | Latent:
+def read_source(pipe: UnCLIP, source: Source) -> Read:
     """A picture loaded, upright, RGB or RGBA; a caption; or a latent of one row, of this model's z_i and x_T.
 
     A `Path` is a picture. A string is one where there is a file of that name, it names a folder and is no mere word, or

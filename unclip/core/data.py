@@ -80,8 +80,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode as 8-bit RGB, or RGBA if there is transparency. "I" may hold 8 bits or 16; more is scaled."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        tops = {"I": (255.0, 65535.0), "F": ()}.get(image.mode, (65535.0,))
-        top = next((top for top in tops if values.max(initial=1.0) <= top), values.max(initial=1.0))
+        most, whole = values.max(initial=1.0), image.mode != "F"
+        top = 255.0 if image.mode == "I" and most <= 255 else 65535.0 if whole and most <= 65535 else most
         image = Image.fromarray((values.clip(0) / top * 255).round().astype(np.uint8))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 

@@ -221,6 +221,7 @@ def measure(
 
 
 def run(generate: Generate, draws: list[Draw]) -> Tensor:
+    """A generator's pictures of these draws' captions, uint8 (n, 3, h, w). Raises ValueError for others, or not n."""
     pictures = generate([draw.drawing.caption for draw in draws], draws)
     check_pictures(pictures)
     if len(pictures) != len(draws):
@@ -267,16 +268,16 @@ def generator_of(
     condition: "prior", the whole way; "ar", the same by the autoregressive prior; "true_z_i", the embedding of the
     real drawing, which shows the decoder alone; "text", z_t in z_i's place (§5.1); "caption", the text without any
     z_i. prior, decoder: their settings, in place of the preset's. best_of: of so many pictures of a caption the one
-    that CLIP finds nearest to it. Raises ValueError for another condition or an unknown preset; what is returned, for
-    another `best_of`.
+    that CLIP finds nearest to it. Raises ValueError for another condition, an unknown preset, or what is no `best_of`.
     """
     if condition not in CONDITIONS:
         raise ValueError(f"condition={condition!r} came; it is one of {', '.join(CONDITIONS)}.")
+    check_best_of(best_of, (), pipe.clip)
     settings = pipe.settings(preset, guidance_scale, prior="ar" if condition == "ar" else None)
 
     def generate(captions: list[str], draws: list[Draw]) -> Tensor:
-        check_best_of(best_of, captions, pipe.clip)
-        captions, draws = ([row for row in rows for _ in range(best_of)] for rows in (captions, draws))
+        captions = [caption for caption in captions for _ in range(best_of)]
+        draws = [draw for draw in draws for _ in range(best_of)]
         text = pipe.encode_text(captions)
         seeds = [draw.seed * best_of + i % best_of for i, draw in enumerate(draws)]
         if condition in ("prior", "ar"):

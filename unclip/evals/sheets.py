@@ -67,6 +67,7 @@ def contact_sheet(
 
 
 def fit(picture: Image.Image, side: int) -> Image.Image:
+    """A picture of any size, RGB or RGBA, as side × side RGB on white."""
     # Whole-number enlargements stay crisp, so that the sheet shows the pixels the model made.
     whole = side % picture.width == 0 and side % picture.height == 0
     return flattened(picture).resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
@@ -86,6 +87,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 
 def shorten(line: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, cut: bool) -> str:
+    """A line, so much of it as is no wider than `width` pixels, with an ellipsis where `cut` or more is left out."""
     ellipsis = "…" if cut else ""
     while line and font.getlength(line + ellipsis) > width:
         line, ellipsis = line[:-1], "…"
