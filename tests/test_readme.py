@@ -297,12 +297,16 @@ def test_recipes_for_own_pictures_make_fitting_networks(recipe: Path) -> None:
         assert config.crop * 4 == network.config["sample_size"]
 
 
+DECODER = (
+    "--model.z_i_width 16 --model.text_width 16 --model.context_width 16 --model.model_channels 8 "
+    "--model.head_channels 8 --model.sketch_width 16"
+)
 TINY = {
     "clip": "--model.text bpe --model.dim 16 --model.image_width 16 --model.image_depth 1 --model.image_heads 2 "
     "--model.text_width 16 --model.text_depth 1 --model.text_heads 2 --model.vocab_size 300 --train.lr_scales {}",
     "prior": "--model.width 32 --model.depth 1 --model.heads 2",
-    "decoder": "--model.z_i_width 16 --model.text_width 16 --model.context_width 16 --model.model_channels 8 "
-    "--model.head_channels 8",
+    "decoder_sketch": DECODER,
+    "decoder": DECODER,
     "upsampler_256": "--model.model_channels 8",
     "upsampler_1024": "--model.model_channels 8",
 }

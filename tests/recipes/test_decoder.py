@@ -26,8 +26,9 @@ def test_recipes_fit_their_config_their_network_and_their_clip(recipe: Path):
     assert (decoder.config["z_i_width"], decoder.config["text_width"]) == (clip.dim, text_width)
 
 
-def test_the_sketch_is_trained_as_part_of_the_network_that_starts_from_it():
-    folder = ROOT / "emoji"
+@pytest.mark.parametrize("recipes", ["emoji", "own"])
+def test_the_sketch_is_trained_as_part_of_the_network_that_starts_from_it(recipes: str):
+    folder = ROOT / recipes
     alone, whole = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("decoder_sketch", "decoder"))
     assert alone["sketch_alone"] and whole["start"] == alone["train"]["out"] != whole["train"]["out"]
     own = {"train", "start", "weighting", "gamma", "noisy_share", "noisy_from", "own_share", "edges"}
