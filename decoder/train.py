@@ -128,13 +128,13 @@ def own_predictions(
     """
     noisier = t + (draws.uniform() * (diffusion.num_train_timesteps - t)).long()
     noise, rows = draws.normal(*x0.shape[1:]), (draws.uniform() < share).nonzero().flatten()
-    if not len(rows):
-        return x0
+    if not len(rows):  # run all the same, on one: other processes may have rows, and shards are gathered together
+        rows, share = rows.new_zeros(1), 0.0
     with torch.no_grad():
         x_t, noisier = diffusion.add_noise(x0, noise, noisier)[rows], noisier[rows]
         output = model(x_t, noisier, **{name: value[rows] for name, value in conditions.items()})
         own = diffusion.to_x0(x_t, diffusion.split(output)[0], noisier).float().clamp(-1, 1)
-    return x0.index_copy(0, rows, own)
+    return x0.index_copy(0, rows, own) if share else x0
 
 
 def decoder_loss(
@@ -189,6 +189,13 @@ def draw_drops(draws: Draws, config: DecoderConfig) -> dict[str, Tensor]:
     return {"drop_z_i": draws.uniform() < config.drop_z_i, "drop_text": draws.uniform() < config.drop_text}
 
 
+def freeze_all_but_sketch(model: Decoder) -> None:
+    """Leaves what the sketch does not come from untrained: decay would shrink it, and processes would wait for it."""
+    parts = [model.unet, model.context_z_i] + [model.context_norm] * (model.text_width is None)
+    for part in parts:
+        part.requires_grad_(False)
+
+
 def sketch_error(sketch: Tensor, x0: Tensor) -> Tensor:
     """Mean squared error of sketches (b, 3, side, side) of the pictures x0 (b, 3, h, w)."""
     return F.mse_loss(sketch.float(), F.interpolate(x0, sketch.shape[2:], mode="area"))
@@ -234,8 +241,13 @@ def check_shares(config: DecoderConfig) -> None:
     for name in ("own_share", "edges"):
         if getattr(config, name) and config.prediction != "sample":
             raise ValueError(f"{name} needs the prediction sample, and it is {config.prediction}: leave one out.")
+    if config.own_share and config.model.get("learned_variance", True):
+        raise ValueError("own_share shows x_t of which L_vlb knows nothing: give model.learned_variance=false.")
     if config.sketch_alone and config.model.get("sketch_side") is None:
         raise ValueError("sketch_alone trains a sketch, and the model has none: give model.sketch_side.")
+    unheard = [name for name in ("own_share", "edges", "noisy_share") if getattr(config, name)]
+    if config.sketch_alone and unheard:
+        raise ValueError(f"sketch_alone trains before any noise, where {unheard[0]} does nothing: leave one out.")
 
 
 def run(config: DecoderConfig) -> Path:
@@ -247,6 +259,8 @@ def run(config: DecoderConfig) -> Path:
     torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)
     start_from(model, config.start)
+    if config.sketch_alone:
+        freeze_all_but_sketch(model)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)
     spread = embedding_spread(clip, dataset, config) if config.z_i_noise else None

@@ -99,14 +99,15 @@ IMAGE = {"image_size": 32, "patch_size": 16, "image_width": 16, "image_depth": 1
 TEXT = {"text_width": 16, "text_depth": 1, "text_heads": 2, "vocab_size": 259, "context_length": 24}
 
 
-@pytest.mark.parametrize("stage", ["decoder", "clip"])
+@pytest.mark.parametrize("stage", ["decoder", "sketch", "clip"])
 def test_two_processes_equal_one(tmp_path, tiny_corpus, tiny_clip, stage):
     """A stage's own command under `accelerate launch`, on CPUs, with validation at the end."""
-    if stage == "decoder":
+    if stage in ("decoder", "sketch"):
         from decoder.train import DecoderConfig as StageConfig
         from decoder.train import run
 
         module, own = "decoder.train", {"model": UNET, "clip": str(tiny_clip)}
+        own |= {"model": {**UNET, "sketch_side": 8}, "sketch_alone": True} if stage == "sketch" else {}
     else:
         from unclip.clip.train import CLIPConfig as StageConfig
         from unclip.clip.train import run

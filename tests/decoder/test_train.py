@@ -19,6 +19,7 @@ from decoder.train import (
     draw_timesteps,
     edge_error,
     embedding_spread,
+    freeze_all_but_sketch,
     own_predictions,
     run,
     swap_captions,
@@ -171,7 +172,10 @@ def test_a_sketch_alone_is_trained_as_beside_the_rest(tiny_corpus: Path, clip: R
         gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
     assert loss == metrics["sketch"]
     assert {"sketch.layers.1.weight", "time_z_i.weight", "time_text.weight"} <= gradients[1].keys()
-    assert not any(name.startswith("unet") for name in gradients[1])
+    freeze_all_but_sketch(decoder)
+    assert {name for name, p in decoder.named_parameters() if p.requires_grad} == {
+        name for name, gradient in gradients[1].items() if name.partition(".")[0] != "context_z_i"
+    }
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradient, gradients[0][name])
 
@@ -315,7 +319,9 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(tiny_corpus: Path, tiny_cli
         ({"own_share": 0.5}, "own_share needs the prediction sample, and it is epsilon"),
         ({"edges": 1.0}, "edges needs the prediction sample, and it is epsilon"),
         ({"edges": -1.0}, "edges is -1.0; expected a weight"),
+        ({"own_share": 0.5, "prediction": "sample", "model": {"learned_variance": True}}, "L_vlb knows nothing"),
         ({"sketch_alone": True}, "sketch_alone trains a sketch, and the model has none"),
+        ({"sketch_alone": True, "model": {"sketch_side": 8}, "noisy_share": 0.1}, "noisy_share does nothing"),
         ({"z_i_noise": -1.0}, r"z_i_noise is -1.0; expected deviations"),
     ],
 )
@@ -378,6 +384,7 @@ def test_own_predictions_stand_in_for_a_share_and_carry_no_gradient():
     assert 60 < own.sum() < 140 and torch.equal(shown[~own], x0[~own]) and not shown.requires_grad
     assert (seen[0] >= t[own]).all() and seen[0].max() <= 999 and (seen[0] > t[own]).float().mean() > 0.9
     assert own_predictions(Answers(), diffusion, x0, t, {"z_i": z_i}, Draws(0, 0, range(400)), 0.0) is x0
+    assert len(seen) == 2  # where no row is chosen the network runs too: of several processes all have to
 
 
 def test_edges_are_of_neighbours_alone_and_their_median_is_what_counts():
