@@ -55,22 +55,9 @@ def concepts(
     from unclip.evals.concepts import evaluate
 
     quiet_libraries()
-    figures = evaluate(
-        model,
-        split,
-        count,
-        json_file,
-        corpus,
-        seed,
-        preset,
-        sheet,
-        condition,
-        guidance,
-        device.value,
-        dtype.value,
-        Bars(),
-        best_of,
-    )
+    given = (model, split, count, json_file, corpus, seed, preset)
+    with closing(Bars()) as bars:
+        figures = evaluate(*given, sheet, condition, guidance, device.value, dtype.value, bars, best_of)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -112,7 +99,8 @@ def shapes_report(
     from unclip.evals.shapes_report import report
 
     quiet_libraries()
-    figures = report(model, corpus, out, count, seed, preset, None, device.value, dtype.value, Bars())
+    with closing(Bars()) as bars:
+        figures = report(model, corpus, out, count, seed, preset, None, device.value, dtype.value, bars)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -135,7 +123,8 @@ def sheet(
     from unclip.evals.sheets import caption_sheet
 
     quiet_libraries()
-    typer.echo(caption_sheet(model, out, captions, seed, size, preset, columns, device.value, dtype.value, Bars()))
+    with closing(Bars()) as bars:
+        typer.echo(caption_sheet(model, out, captions, seed, size, preset, columns, device.value, dtype.value, bars))
 
 
 @evals.command()

@@ -9,7 +9,6 @@ for the picture that was generated for another caption.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from unclip.arguments import dtype_name
 from unclip.core.data import to_pixels
 from unclip.core.files import write_json
-from unclip.evals.corpus import Corpus, Drawing, load_corpus, to_bytes
+from unclip.evals.corpus import Corpus, Drawing, by_digest, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge, cached_features, check_pictures
 from unclip.evals.sheets import check_suffix, contact_sheet, nearest, save_sheet, to_images
 from unclip.prompts import best_rows, check_best_of
@@ -132,7 +131,7 @@ def choose(
         raise ValueError(
             f"No drawing of split {split!r} is of a concept the model was trained on; check corpus and concepts.txt."
         )
-    fit.sort(key=lambda drawing: hashlib.sha256(f"{seed}/{drawing.key}".encode()).digest())
+    fit = by_digest(fit, seed)
     return [Draw(fit[i % len(fit)], seed + i) for i in range(count)]
 
 
@@ -295,11 +294,16 @@ def generator_of(
 
 
 def nearest_sheet(
-    corpus: Corpus, draws: Sequence[Draw], pictures: Tensor, features: Tensor, trained: Collection[str] | None
+    corpus: Corpus,
+    draws: Sequence[Draw],
+    pictures: Tensor,
+    features: Tensor,
+    trained: Collection[str] | None,
+    featurize: Featurize | None = None,
 ) -> Image.Image:
     """Each picture beside the training drawing nearest to it by the judge's features, over caption and that name."""
     rows = [d.index for d in corpus.drawings if d.split == "train" and (trained is None or d.concept in trained)]
-    near = [rows[i] for i in nearest(features, corpus_features(corpus)[rows]).tolist()]
+    near = [rows[i] for i in nearest(features, corpus_features(corpus, featurize=featurize)[rows]).tolist()]
     cells = list(zip(to_images(pictures), to_images(corpus.pictures(near)), strict=True))
     labels = [
         f"{draw.drawing.caption}: nearest {corpus.drawings[i].concept} ({corpus.drawings[i].style})"
@@ -339,11 +343,12 @@ def evaluate(
     choose(real.drawings, split, count, trained, seed)  # bad arguments are named before the networks load
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     generate = generator_of(pipe, real, condition, preset, guidance_scale, callback, best_of=best_of)
-    figures, draws, pictures, features = measure(generate, real, split, count, trained, seed)
+    judge = Judge(pipe.device)
+    figures, draws, pictures, features = measure(generate, real, split, count, trained, seed, judge)
     settings = {"preset": preset, "condition": condition, "guidance_scale": guidance_scale, "best_of": best_of}
     figures = {"model": name, "dtype": dtype_of(pipe), **settings, **figures}
     if json_path is not None:
         write_json(figures, Path(json_path))
     if sheet is not None:
-        save_sheet(nearest_sheet(real, draws, pictures, features, trained), Path(sheet))
+        save_sheet(nearest_sheet(real, draws, pictures, features, trained, judge), Path(sheet))
     return figures

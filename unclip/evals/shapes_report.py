@@ -6,7 +6,6 @@ draw for each caption, none picked. Shape and colour count always, place and siz
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from unclip.core.data import pil_from_pixels, to_pixels
 from unclip.core.files import write_json
 from unclip.corpora.shapes import COLOURS, PLACES, SHAPES, SIZES, Scene, draw
 from unclip.evals.concepts import Draw, Generate, dtype_of, generator_of, run, wilson
-from unclip.evals.corpus import SIDE, Corpus, load_corpus
+from unclip.evals.corpus import SIDE, Corpus, by_digest, digest, load_corpus
 from unclip.evals.shapes import Reading, read
 from unclip.evals.sheets import contact_sheet, save_sheet, to_images
 from unclip.pictures import slug, write_png
@@ -66,12 +65,10 @@ def choose(corpus: Corpus, count: int, seed: int = 0) -> dict[str, list[Draw]]:
             raise ValueError(
                 f"{count // 2} scenes of split {split!r} were expected, {len(scenes)} are there; ask for fewer."
             )
-        digests = {scene.key: hashlib.sha256(f"{seed}/{scene.key}".encode()).digest() for scene in scenes}
-        scenes.sort(key=lambda scene: digests[scene.key])
         draws[name] = []
-        for j, scene in enumerate(scenes[: count // 2]):
+        for j, scene in enumerate(by_digest(scenes, seed)[: count // 2]):
             wordings = corpus.captions[scene.index]
-            caption = wordings[int.from_bytes(digests[scene.key][-4:], "big") % len(wordings)]
+            caption = wordings[int.from_bytes(digest(scene, seed)[-4:], "big") % len(wordings)]
             draws[name].append(Draw(replace(scene, caption=caption), seed + i * (count // 2) + j))
     return draws
 

@@ -29,7 +29,7 @@ from unclip.evals.concepts import (
     measure,
     trained_concepts,
 )
-from unclip.evals.corpus import SIDE, Corpus, corpus_at, load_corpus, to_bytes
+from unclip.evals.corpus import SIDE, Corpus, by_digest, corpus_at, load_corpus, to_bytes
 from unclip.evals.features import INCEPTION, JUDGE, Featurize, Inception, Judge, cached_features
 from unclip.evals.fidelity import NEIGHBOURS, fidelity
 from unclip.evals.priors import measure as measure_prior
@@ -62,7 +62,7 @@ def reference_of(
 ) -> list[int]:
     """Rows of the drawings that pictures are compared with: of trained concepts, not among those asked for (keys)."""
     fit = [d for d in corpus.drawings if d.key not in asked and (trained is None or d.concept in trained)]
-    fit.sort(key=lambda drawing: hashlib.sha256(f"{seed}/{drawing.key}".encode()).digest())
+    fit = by_digest(fit, seed)
     return [drawing.index for drawing in fit[:REFERENCE]]
 
 
