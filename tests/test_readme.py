@@ -29,6 +29,7 @@ CONFIGS = {
     "upsamplers.train": "UpsamplerConfig",
 }
 STORED = ("recipes/", "docs/", "notebooks/", "tests/", "unclip/", "constraints.txt", "pyproject.toml")
+KINDS = ("generated", "ceiling", "floor")
 MADE = ("docs/results/",)  # what a command writes, though its folder is stored
 
 
@@ -341,3 +342,15 @@ def test_from_pictures_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path.name == "what-your-captions-say-0.png"
     with Image.open(path) as image:
         assert image.size == (64, 64)
+
+@pytest.mark.parametrize("split", ["train", "test-pair"])
+def test_readme_and_card_have_the_figures_of_the_file(split: str) -> None:
+    """Of the command whose `--json` was stored as docs/results/concepts-SPLIT.json."""
+    found = json.loads((ROOT / "docs" / "results" / f"concepts-{split}.json").read_text(encoding="utf-8"))
+    generated, ceiling, floor = ([f"{found[of][k]:.1%}".replace("%", " %") for k in ("top1", "top5")] for of in KINDS)
+    over = f"{found['generated']['top5'] / found['ceiling']['top5']:.3f}"
+    pages = {"README.md": [ceiling[1]], "recipes/emoji/card.md": ceiling}
+    for page, shown in pages.items():
+        row = " | ".join([f"| `{split}`", *generated, *shown, floor[1], f"{over} |"])
+        assert row in (ROOT / page).read_text(encoding="utf-8"), row
+    assert found["count"] == 500 and found["best_of"] == 1 and found["preset"] == "default"
