@@ -343,6 +343,7 @@ def test_from_pictures_to_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with Image.open(path) as image:
         assert image.size == (64, 64)
 
+
 @pytest.mark.parametrize("split", ["train", "test-pair"])
 def test_readme_and_card_have_the_figures_of_the_file(split: str) -> None:
     """Of the command whose `--json` was stored as docs/results/concepts-SPLIT.json."""
