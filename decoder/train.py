@@ -127,14 +127,14 @@ def own_predictions(
     wrong with them for content, and keeps it (exposure bias, arXiv 2305.15583).
     """
     noisier = t + (draws.uniform() * (diffusion.num_train_timesteps - t)).long()
-    noise, rows = draws.normal(*x0.shape[1:]), (draws.uniform() < share).nonzero().flatten()
-    if not len(rows):  # run all the same, on one: other processes may have rows, and shards are gathered together
-        rows, share = rows.new_zeros(1), 0.0
+    noise, chosen = draws.normal(*x0.shape[1:]), (draws.uniform() < share).nonzero().flatten()
+    # one row at least is run: other processes may have chosen some, and shards of weights are gathered together
+    rows = chosen if len(chosen) else chosen.new_zeros(1)
     with torch.no_grad():
         x_t, noisier = diffusion.add_noise(x0, noise, noisier)[rows], noisier[rows]
         output = model(x_t, noisier, **{name: value[rows] for name, value in conditions.items()})
         own = diffusion.to_x0(x_t, diffusion.split(output)[0], noisier).float().clamp(-1, 1)
-    return x0.index_copy(0, rows, own) if share else x0
+    return x0.index_copy(0, rows, own) if len(chosen) else x0
 
 
 def decoder_loss(
@@ -152,6 +152,7 @@ def decoder_loss(
     sketches, inpaints = config.model.get("sketch_side") is not None, config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of a batch of pictures, and its parts that are logged, each ()."""
         draws = batch["draws"]
         if captions_of is not None:
             batch = swap_captions(batch, captions_of, draws, config.swap_captions)
@@ -191,9 +192,10 @@ def draw_drops(draws: Draws, config: DecoderConfig) -> dict[str, Tensor]:
 
 def freeze_all_but_sketch(model: Decoder) -> None:
     """Leaves what the sketch does not come from untrained: decay would shrink it, and processes would wait for it."""
-    parts = [model.unet, model.context_z_i] + [model.context_norm] * (model.text_width is None)
-    for part in parts:
-        part.requires_grad_(False)
+    model.unet.requires_grad_(False)
+    model.context_z_i.requires_grad_(False)
+    if model.text_width is None:  # else the caption enters the time embedding through it
+        model.context_norm.requires_grad_(False)
 
 
 def sketch_error(sketch: Tensor, x0: Tensor) -> Tensor:
@@ -214,6 +216,7 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
     """Decodes the true z_i of a batch's pictures, with its captions, for the grid of a tracker."""
 
     def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
+        """Pictures (b, 3, h, w) in [−1, 1], one for each of the batch's."""
         x0, captions = draw_pictures_and_captions(batch, batch["draws"], 0.0)
         conditions = encode(clip, batch, x0, captions)
         dropped = torch.ones(len(x0), dtype=torch.bool, device=x0.device)

@@ -60,6 +60,17 @@ def choose_dtype(dtype: torch.dtype | DTypeName | None, device: torch.device) ->
     return found
 
 
+def check_fractions(name: str, values: Sequence[float]) -> list[float]:
+    """The values as floats. Raises ValueError unless there are some, all of them numbers in [0, 1]."""
+    rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    if not isinstance(rows, Sequence) or not rows:
+        raise ValueError(f"{name} came as {values!r}; give a list of numbers from 0 to 1.")
+    for value in rows:
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
+    return [float(value) for value in rows]
+
+
 def check_prompts(prompt: str | Sequence[str]) -> list[str]:
     """Prompts as a list. Raises TypeError for what is no text, ValueError for an empty one or none."""
     several = isinstance(prompt, Sequence) and not isinstance(prompt, str)

@@ -298,6 +298,7 @@ def write(
     taken: set[Path] = set()
 
     def path_for(ending: str, chunks: dict[str, str]) -> Path:
+        """Of a picture with these chunks: one that neither an earlier picture of this call nor another's has."""
         path = picture_path(common.out, f"{slug(name)}{ending}", common.seed, chunks, taken)
         taken.add(path)
         return path

@@ -108,7 +108,7 @@ def read_known(image: Picture, mask: Picture | None, side: int, frame: Frame = "
     alpha = whole.getchannel("A").resize((side, side), Image.Resampling.BILINEAR)
     keep = torch.from_numpy(np.array(alpha))[None, None] == 255  # (1, 1, side, side)
     if bool(keep.all()):
-        if min(picture.getchannel("A").tobytes()) < 255:
+        if np.asarray(picture.getchannel("A")).min() < 255:
             raise ValueError("what is to be drawn lies outside the centre square; give frame='pad'.")
         raise ValueError("nothing is to be drawn; paint some of the mask white, or give a margin.")
     return Known(pixels_from_pil(filled(whole), side), keep)

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.arguments import Callback, check_prompts
+from unclip.arguments import Callback, check_fractions, check_prompts
 from unclip.clip.model import TextFeatures
 from unclip.core.data import load_image
 from unclip.core.diffusion import Diffusion
@@ -345,17 +344,6 @@ def check_labels(labels: Sequence[str]) -> list[str]:
     if isinstance(labels, str) or len(set(labels)) < max(2, len(labels)) or empty:
         raise ValueError(f"labels are {labels!r}; give a list of two or more, each another and none empty.")
     return check_prompts(labels)
-
-
-def check_fractions(name: str, values: Sequence[float]) -> list[float]:
-    """The values as floats. Raises ValueError unless there are some, all of them numbers in [0, 1]."""
-    rows = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-    if not isinstance(rows, Sequence) or not rows:
-        raise ValueError(f"{name} came as {values!r}; give a list of numbers from 0 to 1.")
-    for value in rows:
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value!r}; give a number from 0 to 1.")
-    return [float(value) for value in rows]
 
 
 # ------------------------------------------------------------------------------------------------ inside

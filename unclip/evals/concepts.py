@@ -275,6 +275,7 @@ def generator_of(
     settings = pipe.settings(preset, guidance_scale, prior="ar" if condition == "ar" else None)
 
     def generate(captions: list[str], draws: list[Draw]) -> Tensor:
+        """A picture of each caption, uint8 (n, 3, side, side), with the corpus's side."""
         captions = [caption for caption in captions for _ in range(best_of)]
         draws = [draw for draw in draws for _ in range(best_of)]
         text = pipe.encode_text(captions)
@@ -299,7 +300,7 @@ def nearest_sheet(
     pictures: Tensor,
     features: Tensor,
     trained: Collection[str] | None,
-    featurize: Featurize | None = None,
+    featurize: Featurize,
 ) -> Image.Image:
     """Each picture beside the training drawing nearest to it by the judge's features, over caption and that name."""
     rows = [d.index for d in corpus.drawings if d.split == "train" and (trained is None or d.concept in trained)]

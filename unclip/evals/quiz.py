@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from unclip.arguments import dtype_name
 from unclip.core.data import pil_from_pixels
 from unclip.core.files import whole_folder, write_json
-from unclip.evals.concepts import wilson
+from unclip.evals.concepts import dtype_of, wilson
 from unclip.evals.sheets import CAPTIONS, INK, PAPER, fit, read_captions, wrap
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def evaluate(
         raise FileExistsError(f"{out} exists, and a reader's answers may be in it; give a new folder.")
     pipe = UnCLIP.from_pretrained(model, dtype, device)
     drawn = pipe(prompts, seed=seed, size=size, preset=preset, output_type="pt", callback=callback)
-    key = {"model": pipe.model_name, "dtype": dtype_name(pipe.decoder.dtype), "seed": seed, "size": size}
+    key = {"model": pipe.model_name, "dtype": dtype_of(pipe), "seed": seed, "size": size, "preset": preset}
     with whole_folder(out) as partial:
         for i, (picture, question) in enumerate(
             zip(pil_from_pixels(cast(Tensor, drawn.images)), asked, strict=True), 1
@@ -98,7 +97,7 @@ def evaluate(
             question_sheet(picture, f"Picture {i} of {len(asked)}", question.options).save(partial / f"{i:02d}.png")
         blank = "".join(f"{i}:\n" for i in range(1, len(asked) + 1))
         (partial / ANSWERS).write_text(f"# after each picture's number the number of its caption\n{blank}", "utf-8")
-        write_json({**key, "preset": preset, "questions": [question._asdict() for question in asked]}, partial / KEY)
+        write_json({**key, "questions": [question._asdict() for question in asked]}, partial / KEY)
     return out
 
 

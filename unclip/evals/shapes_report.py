@@ -148,6 +148,7 @@ def measure(
 
 
 def label(draw: Draw, reading: Reading | None) -> str:
+    """A caption, and behind it what was read where that is something else, or that nothing could be read."""
     wanted = asked(draw.drawing.caption, draw.drawing.concept)
     if reading is None:
         return f"{draw.drawing.caption} [refused]"

@@ -116,6 +116,7 @@ def upsampled(
     """What draws the rows of an upsampler's size. lower: pictures of the size below by row, in the order of draws."""
 
     def generate(row: str, captions: list[str], draws: list[Draw]) -> Tensor:
+        """The pictures of a row at the draws, upsampled: uint8 (n, 3, side, side)."""
         seeds = [draw.seed for draw in draws]
         pictures = lower[row][[number - seed for number in seeds]]  # draws have successive seeds
         return to_bytes(pipe.upsample(to_pixels(pictures), side, seeds, settings, callback), side)

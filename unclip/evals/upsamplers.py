@@ -137,8 +137,8 @@ def evaluate(
     (`corpus_at`). strength: how much of the decoder's noise drawings are redrawn from. Raises ValueError,
     FileNotFoundError.
     """
+    from unclip.arguments import check_fractions
     from unclip.folder import find_model
-    from unclip.manipulations import check_fractions
     from unclip.pipeline import UnCLIP
 
     folder, name = find_model(model)
