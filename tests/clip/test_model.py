@@ -204,6 +204,20 @@ def test_any_string_has_bytes():
         build_tokenizer(CAPTIONS, 200)
 
 
+def test_a_bert_tower_of_chosen_layers(bert_folder):
+    """The second layer alone: what the BERT makes of its embeddings by that."""
+    arguments = CLIPArguments(text=bert_folder, text_layers=[1], **TINY, **TEXT)
+    clip = CLIP.build(arguments, CAPTIONS).eval()
+    full = AutoModel.from_pretrained(bert_folder)
+    encoded = AutoTokenizer.from_pretrained(bert_folder)(CAPTIONS[0], return_tensors="pt")
+    expected = full.encoder.layer[1](full.embeddings(encoded["input_ids"]))
+    found = clip.encode_text(CAPTIONS[0]).states
+    assert torch.allclose(found, expected[0] if isinstance(expected, tuple) else expected, atol=1e-5)
+    arguments.text_layers = [0, 2]
+    with pytest.raises(ValueError, match=r"text_layers is \[0, 2\], but .* has 2, from 0 on"):
+        CLIP.build(arguments, CAPTIONS)
+
+
 def test_what_is_no_clip_is_named(tmp_path: Path, bert_folder):
     with pytest.raises(FileNotFoundError, match="holds no CLIP"):
         CLIP.from_pretrained(tmp_path)

@@ -19,7 +19,7 @@ from transformers import CLIPModel
 from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP
-from unclip.clip.train import CLIPConfig, augment, clip_loss, contrastive_loss, keys_of, run
+from unclip.clip.train import CLIPConfig, augment, clip_loss, contrastive_loss, keys_of, lock_text, run
 from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.train import train
@@ -187,6 +187,37 @@ def test_a_slower_text_tower_moves_less(corpus: Path, tmp_path: Path):
     train(settings, clip, clip_loss(config, clip), ShardDataset(config.data))
     for name, parameter in clip.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("model.text_model."), name
+
+
+def test_a_locked_text_tower_keeps_its_cosines_and_is_not_trained(corpus: Path, tmp_path: Path):
+    """As wide as its states, z_t is a rotation of the pooled state; the image tower is what learns."""
+    torch.manual_seed(0)
+    texts = [f"a {name} square" for name in COLOURS]
+    clip = CLIP.build(replace(TINY, dim=32), texts)
+    clip.model.text_projection.weight.data = torch.eye(32)
+    pooled = clip.encode_text(texts).z_t
+    lock_text(clip, texts)
+    z_t = clip.encode_text(texts).z_t
+    assert torch.allclose(z_t @ z_t.T, pooled @ pooled.T, atol=1e-5)
+    assert (z_t[:, 0] ** 2).mean() > (z_t[:, 1:] ** 2).mean(0).max()  # principal directions, the first the largest
+    before = {name: p.detach().clone() for name, p in clip.named_parameters()}
+    lock_text(clip, None)  # as from a CLIP that was locked before: nothing is fitted anew
+    assert all(torch.equal(p, before[name]) for name, p in clip.named_parameters())
+    settings = TrainConfig(str(tmp_path / "out"), 1, 4, warmup=1, precision="no", tracker="none")
+    train(
+        settings,
+        clip,
+        clip_loss(CLIPConfig(TINY, settings, DataConfig(str(corpus))), clip),
+        ShardDataset(DataConfig(str(corpus))),
+    )
+    for name, parameter in clip.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("model.text_"), name
+    narrow = CLIP.build(replace(TINY, dim=5), texts)
+    lock_text(narrow, texts)
+    rows = narrow.model.text_projection.weight
+    assert torch.allclose(rows @ rows.T, torch.eye(5), atol=1e-5)
+    with pytest.raises(ValueError, match=r"model.dim is 33 and a locked text tower's states have 32"):
+        lock_text(CLIP.build(replace(TINY, dim=33), texts), texts)
 
 
 def test_micro_batches_are_refused(corpus: Path, tmp_path: Path):

