@@ -19,7 +19,7 @@ from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.files import write_json
+from unclip.core.files import one_line, write_json
 from unclip.core.train import Batch, LossFn, datasets_of, processes, train
 
 Same = Literal["none", "caption", "concept"]
@@ -35,6 +35,7 @@ class CLIPConfig:
     validation: DataConfig | None = None
     evaluate: list[str] = field(default_factory=list)  # splits; figures go to OUT/evaluation.json
     templates: list[str] = field(default_factory=lambda: ["{}"])  # prompt ensemble of the zero-shot figures
+    image_tower: str | None = None  # folder or hub name of a CLIP whose image tower, without its projection, goes on
     lock_text: bool = False  # the text tower stays as it was pretrained, the image tower learns its space
     same: Same = "caption"  # two samples that share it are no negatives of each other
     shift: float = 0.0  # pictures move by up to this part of their side
@@ -116,6 +117,19 @@ def texts_of(dataset: ShardDataset) -> list[str]:
     return [*dict.fromkeys(texts), *colours]
 
 
+def take_image_tower(clip: CLIP, name_or_folder: str) -> None:
+    """Puts another CLIP's image tower in; its projection stays, as the space is another. Raises ValueError: sizes."""
+    tower = CLIP.from_pretrained(name_or_folder)
+    if not tower.has_image_tower:
+        raise ValueError(f"{name_or_folder} has no image tower; give a whole CLIP as image_tower, or leave it out.")
+    try:
+        clip.model.vision_model.load_state_dict(tower.model.vision_model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"the image tower of {name_or_folder} does not fit ({one_line(error)}); give its sizes in model."
+        ) from error
+
+
 @torch.no_grad()
 def lock_text(clip: CLIP, texts: Sequence[str] | None) -> None:
     """Leaves the text tower untrained, so that words no caption holds stay where pretraining put them.
@@ -174,6 +188,8 @@ def run(config: CLIPConfig) -> Path:
     }
     torch.manual_seed(config.train.seed)
     clip = CLIP.build(config.model, texts_of(dataset))
+    if config.image_tower is not None:
+        take_image_tower(clip, config.image_tower)
     if config.lock_text:
         lock_text(clip, texts_of(dataset) if config.model.start is None else None)
     if config.train.resume:
