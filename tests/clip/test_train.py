@@ -315,3 +315,6 @@ def test_loss_is_a_function_of_the_draws(corpus: Path):
     batch["image"] = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     losses = [loss_fn(clip, {**batch, "draws": Draws(0, step, range(4))})[0] for step in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+    plain, metrics = loss_fn(clip, {**batch, "draws": Draws(0, 0, range(4))})
+    drawn_near = clip_loss(replace(config, align=2.0), clip)(clip, {**batch, "draws": Draws(0, 0, range(4))})[0]
+    assert torch.allclose(drawn_near, plain + 2 * (1 - metrics["cosine"]))

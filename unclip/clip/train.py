@@ -37,6 +37,7 @@ class CLIPConfig:
     templates: list[str] = field(default_factory=lambda: ["{}"])  # prompt ensemble of the zero-shot figures
     image_tower: str | None = None  # folder or hub name of a CLIP whose image tower, without its projection, goes on
     lock_text: bool = False  # the text tower stays as it was pretrained, the image tower learns its space
+    align: float = 0.0  # weight of 1 − cos(z_i, z_t), beside the contrastive loss, which leaves them apart
     same: Same = "caption"  # two samples that share it are no negatives of each other
     shift: float = 0.0  # pictures move by up to this part of their side
     zoom: float = 0.0  # and are scaled by a factor up to 1 ± this
@@ -103,9 +104,12 @@ def clip_loss(config: CLIPConfig, clip: CLIP) -> LossFn:
         keys = None if texts is None else keys_of(texts, z_i.device)
         # every process validates the same whole batch: gathered, each pair would be in it once a process
         loss = contrastive_loss(z_i, z_t, scale, keys, gather=model.training)
+        cosine = (z_i * z_t).sum(-1).mean()
+        if config.align:
+            loss = loss + config.align * (1 - cosine)
         with torch.no_grad():
             accuracy = ((z_i @ z_t.T).argmax(1) == torch.arange(len(z_i), device=z_i.device)).float().mean()
-        return loss, {"accuracy": accuracy, "logit_scale": scale.detach()}
+        return loss, {"accuracy": accuracy, "cosine": cosine.detach(), "logit_scale": scale.detach()}
 
     return loss_fn
 
