@@ -17,9 +17,10 @@ from transformers import PretrainedConfig
 
 from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
+from unclip.core.checkpoint import check_fits
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.files import one_line, write_json
+from unclip.core.files import write_json
 from unclip.core.train import Batch, LossFn, datasets_of, processes, train
 
 Same = Literal["none", "caption", "concept"]
@@ -95,6 +96,7 @@ def clip_loss(config: CLIPConfig, clip: CLIP) -> LossFn:
     """`clip` tokenises; it is the network that is trained, before any wrapper."""
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of a batch of pictures and captions, and what is logged beside it, each ()."""
         draws = batch["draws"]
         x, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         x = augment(x, draws, config.shift, config.zoom, config.flip) if model.training else x
@@ -126,12 +128,9 @@ def take_image_tower(clip: CLIP, name_or_folder: str) -> None:
     tower = CLIP.from_pretrained(name_or_folder)
     if not tower.has_image_tower:
         raise ValueError(f"{name_or_folder} has no image tower; give a whole CLIP as image_tower, or leave it out.")
-    try:
-        clip.model.vision_model.load_state_dict(tower.model.vision_model.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"the image tower of {name_or_folder} does not fit ({one_line(error)}); give its sizes in model."
-        ) from error
+    weights = tower.model.vision_model.state_dict()
+    check_fits(name_or_folder, weights, clip.model.vision_model.state_dict())
+    clip.model.vision_model.load_state_dict(weights)
 
 
 @torch.no_grad()
@@ -150,11 +149,12 @@ def lock_text(clip: CLIP, texts: Sequence[str] | None) -> None:
         raise ValueError(
             f"model.dim is {clip.dim} and a locked text tower's states have {clip.text_width}: set it no higher."
         )
-    projection.weight.data = torch.eye(clip.text_width)
+    clip.model.text_projection = nn.Identity()  # so that z_t, not normalised, is the pooled state
     rows = texts[:: math.ceil(len(texts) / 8192)]
     states = torch.cat([clip.encode_text(rows[i : i + 256], normalize=False).z_t for i in range(0, len(rows), 256)])
     directions = torch.linalg.eigh(states.double().T @ states.double()).eigenvectors.flip(1)  # w w, the largest first
-    projection.weight.data = directions[:, : clip.dim].T.float().contiguous()
+    projection.weight.copy_(directions[:, : projection.out_features].T)
+    clip.model.text_projection = projection
 
 
 def check_resumed(clip: CLIP, folder: Path) -> None:
@@ -191,11 +191,12 @@ def run(config: CLIPConfig) -> Path:
         for split in config.evaluate
     }
     torch.manual_seed(config.train.seed)
-    clip = CLIP.build(config.model, texts_of(dataset))
+    texts = texts_of(dataset)
+    clip = CLIP.build(config.model, texts)
     if config.image_tower is not None:
         take_image_tower(clip, config.image_tower)
     if config.lock_text:
-        lock_text(clip, texts_of(dataset) if config.model.start is None else None)
+        lock_text(clip, texts if config.model.start is None else None)
     if config.train.resume:
         check_resumed(clip, Path(config.train.out) / "model")
     device: Any = processes().device
