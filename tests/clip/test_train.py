@@ -27,7 +27,6 @@ from unclip.clip.train import (
     keys_of,
     lock_text,
     run,
-    take_image_tower,
 )
 from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
@@ -227,25 +226,6 @@ def test_a_locked_text_tower_keeps_its_cosines_and_is_not_trained(corpus: Path, 
     assert torch.allclose(rows @ rows.T, torch.eye(5), atol=1e-5)
     with pytest.raises(ValueError, match=r"model.dim is 33 and a locked text tower's states have 32"):
         lock_text(CLIP.build(replace(TINY, dim=33), texts), texts)
-
-
-def test_an_image_tower_goes_on_in_another_space(tmp_path: Path):
-    """Its states are the other CLIP's; the projection and the words are the new one's own."""
-    torch.manual_seed(0)
-    known = CLIP.build(TINY, ["red"]).eval()
-    known.save_pretrained(tmp_path)
-    clip = CLIP.build(replace(TINY, dim=9, text_width=16), ["a blue square"]).eval()
-    words = clip.encode_text("blue").z_t
-    take_image_tower(clip, str(tmp_path))
-    x = torch.rand(2, 3, 16, 16) * 2 - 1
-    states = [of.model.vision_model(pixel_values=x).pooler_output for of in (clip, known)]
-    assert torch.equal(*states)
-    assert clip.encode_image(x).shape == (2, 9)
-    assert torch.equal(clip.encode_text("blue").z_t, words)
-    with pytest.raises(
-        ValueError, match=r"does not fit this network \(embeddings.class_embedding is \(32,\) there and \(16,\) here\)"
-    ):
-        take_image_tower(CLIP.build(replace(TINY, image_width=16), ["red"]), str(tmp_path))
 
 
 def test_micro_batches_are_refused(corpus: Path, tmp_path: Path):

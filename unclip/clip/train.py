@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 
 from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
-from unclip.core.checkpoint import check_fits
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.files import write_json
@@ -36,7 +35,6 @@ class CLIPConfig:
     validation: DataConfig | None = None
     evaluate: list[str] = field(default_factory=list)  # splits; figures go to OUT/evaluation.json
     templates: list[str] = field(default_factory=lambda: ["{}"])  # prompt ensemble of the zero-shot figures
-    image_tower: str | None = None  # folder or hub name of a CLIP whose image tower, without its projection, goes on
     lock_text: bool = False  # the text tower stays as it was pretrained, the image tower learns its space
     align: float = 0.0  # weight of 1 − cos(z_i, z_t), beside the contrastive loss, which leaves them apart
     same: Same = "caption"  # two samples that share it are no negatives of each other
@@ -123,16 +121,6 @@ def texts_of(dataset: ShardDataset) -> list[str]:
     return [*dict.fromkeys(texts), *colours]
 
 
-def take_image_tower(clip: CLIP, name_or_folder: str) -> None:
-    """Puts another CLIP's image tower in; its projection stays, as the space is another. Raises ValueError: sizes."""
-    tower = CLIP.from_pretrained(name_or_folder)
-    if not tower.has_image_tower:
-        raise ValueError(f"{name_or_folder} has no image tower; give a whole CLIP as image_tower, or leave it out.")
-    weights = tower.model.vision_model.state_dict()
-    check_fits(name_or_folder, weights, clip.model.vision_model.state_dict())
-    clip.model.vision_model.load_state_dict(weights)
-
-
 @torch.no_grad()
 def lock_text(clip: CLIP, texts: Sequence[str] | None) -> None:
     """Leaves the text tower untrained, so that words no caption holds stay where pretraining put them.
@@ -193,8 +181,6 @@ def run(config: CLIPConfig) -> Path:
     torch.manual_seed(config.train.seed)
     texts = texts_of(dataset)
     clip = CLIP.build(config.model, texts)
-    if config.image_tower is not None:
-        take_image_tower(clip, config.image_tower)
     if config.lock_text:
         lock_text(clip, texts if config.model.start is None else None)
     if config.train.resume:
