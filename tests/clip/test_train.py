@@ -281,7 +281,8 @@ def test_what_is_remembered_is_what_was_computed(corpus: Path):
 
 
 def test_recipes_fit_their_config(request):
-    for recipe in ("emoji/clip.yaml", "emoji/clip_bpe.yaml", "emoji/clip_locked.yaml", "paper/clip.yaml"):
+    emoji = (f"emoji/clip{kind}.yaml" for kind in ("", "_bpe", "_concepts", "_locked", "_locked_near"))
+    for recipe in (*emoji, "paper/clip.yaml"):
         config = parse(CLIPConfig, ["--config", str(Path(request.config.rootpath) / "recipes" / recipe)])
         assert isinstance(config.model, CLIPArguments)
         assert isinstance(config.data, DataConfig)

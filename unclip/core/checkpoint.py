@@ -88,7 +88,7 @@ def start_from(model: Any, folder: str | None) -> None:
             have = trained.get(name, ours[name].narrow(dim, 0, 0))
             lacking = max(0, ours[name].shape[dim] - have.shape[dim])
             trained[name] = torch.cat([have, torch.zeros_like(ours[name]).narrow(dim, 0, lacking)], dim)
-    check_fits(path, trained, ours)
+    _check_fits(path, trained, ours)
     model.load_state_dict(trained)
 
 
@@ -124,7 +124,7 @@ def load_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, out: P
     path = newest(out)
     with _reading(path):
         shadow = load_file(path / EMA_FILE)
-    check_fits(path, shadow, named_ema(model, ema))
+    _check_fits(path, shadow, named_ema(model, ema))
     with _reading(path):
         accelerator.load_state(str(path))
     for name, tensor in named_ema(model, ema).items():
@@ -171,8 +171,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be loaded ({reason}): if it is damaged, remove it and {advice}.") from error
 
 
-def check_fits(path: str | Path, stored: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
-    """Raises ValueError where the weights at `path` have other names or shapes than a network's own."""
+def _check_fits(path: Path, stored: Mapping[str, torch.Tensor], ours: Mapping[str, torch.Tensor]) -> None:
     for name in sorted({*stored, *ours}):
         there, here = (str(tuple(weights[name].shape)) if name in weights else "not" for weights in (stored, ours))
         if there != here:
