@@ -156,6 +156,7 @@ class CLIP(nn.Module):
             "num_hidden_layers": len(layers),
             "hidden_dropout_prob": a.dropout,
             "attention_probs_dropout_prob": a.dropout,
+            "_name_or_path": a.text,  # not the folder of the machine that trained it
         }
         text = BertModel(BertConfig.from_dict({**full.config.to_dict(), **sizes}))
         state = full.state_dict()
