@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.core.data import pil_from_pixels
+from unclip.core.products import computes_bf16
 from unclip.core.sampling import Seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,10 +51,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 def choose_dtype(dtype: torch.dtype | DTypeName | None, device: torch.device) -> torch.dtype:
     """A dtype by name; None is fp32; "auto" is bf16 where the device has it natively, else fp32. Raises ValueError."""
     if dtype == "auto":
-        # the CPU's flags have no public name in torch 2.6 to 2.13
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else bool(probe and probe())
-        return torch.bfloat16 if native and device.type != "mps" else torch.float32
+        return torch.bfloat16 if computes_bf16(device) else torch.float32
     found = DTYPES.get(dtype or "fp32") if isinstance(dtype, str | None) else dtype
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r} is unknown; give fp32, bf16, fp16 or auto.")

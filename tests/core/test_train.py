@@ -92,6 +92,16 @@ def test_accumulation_changes_nothing(tmp_path):
         assert torch.allclose(tensor, weights(twice)[name], atol=1e-6)
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_is_bf16_where_that_is_native(tmp_path, monkeypatch, native, dtype):
+    monkeypatch.setattr("unclip.core.train.computes_bf16", lambda device: native)
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})  # else a process has one precision
+    model, seen = Affine(), set()
+    model.layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+    train(config_of(tmp_path, steps=1, precision="auto"), model, loss_fn, Pictures())
+    assert seen == {dtype}
+
+
 CONTEXT = {"z_i_width": 12, "z_i_tokens": 2, "text_width": 16, "context_width": 16, "learned_variance": False}
 ATTENTION = {"sample_size": 32, "patch_size": 4, "attention_resolutions": [4], "head_channels": 8}
 UNET = {"model_channels": 8, "channel_multipliers": [1, 2], "num_res_blocks": 1, **ATTENTION, **CONTEXT}

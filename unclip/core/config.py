@@ -27,7 +27,7 @@ class TrainConfig:
     weight_decay: float = 0.0  # decoupled; not on vectors (biases, norms)
     clip_grad: float = 1.0
     ema: float = 0.9999  # upper end: the decay after n steps is min(ema, (1 + n) / (10 + n))
-    precision: Literal["no", "bf16", "fp16"] = "bf16"  # autocast over fp32 weights
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"  # autocast over fp32 weights; bf16 where it is native
     channels_last: bool = False
     gradient_checkpointing: bool = False  # activations are computed twice instead of kept
     compile: bool = False

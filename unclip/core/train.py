@@ -24,6 +24,7 @@ from unclip.core import checkpoint
 from unclip.core.config import TrainConfig
 from unclip.core.data import DataConfig, Draws, ShardDataset, collate
 from unclip.core.optimizer import learning_rate, optimizer_of, settings_kept
+from unclip.core.products import computes_bf16
 
 Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -205,8 +206,12 @@ class _Run:
         self.config, self.out, self.length = config, Path(config.out), len(dataset)
         tracker = None if config.tracker == "none" else config.tracker
         device: Any = processes().device
+        native = "bf16" if computes_bf16(device) else "no"
         self.accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision=config.precision, log_with=tracker, project_dir=config.out
+            cpu=device.type == "cpu",
+            mixed_precision=native if config.precision == "auto" else config.precision,
+            log_with=tracker,
+            project_dir=config.out,
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         check(config, model)
