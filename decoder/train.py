@@ -156,7 +156,7 @@ def decoder_loss(
         draws = batch["draws"]
         if captions_of is not None:
             batch = swap_captions(batch, captions_of, draws, config.swap_captions)
-        x0, captions = draw_pictures_and_captions(batch, draws, config.data.background, config.data.keywords)
+        x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         conditions = encode(clip, batch, x0, captions, config.data.background)
         if spread is not None:
             conditions["z_i"] = blur_z_i(conditions["z_i"], spread, draws, config.z_i_noise)

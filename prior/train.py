@@ -55,7 +55,7 @@ def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) 
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
-        pixels, captions = draw_pictures_and_captions(batch, draws, config.data.background, config.data.keywords)
+        pixels, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         net: Any = getattr(model, "module", model)  # the statistics, under whatever wrapper
         with torch.no_grad():
             z_i = picture_embeddings(clip, batch, pixels, config.data.background)
@@ -84,7 +84,7 @@ def autoregressive_loss(config: PriorConfig, clip: RememberedCLIP) -> LossFn:
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         draws = batch["draws"]
-        pixels, captions = draw_pictures_and_captions(batch, draws, config.data.background, config.data.keywords)
+        pixels, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         net: Any = getattr(model, "module", model)  # what tokens mean, under whatever wrapper
         with torch.no_grad():
             z_i = picture_embeddings(clip, batch, pixels, config.data.background)

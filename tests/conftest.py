@@ -38,7 +38,7 @@ def randomise(module: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module
 
 def write_corpus(folder: Path) -> Path:
     """Sixteen 32×32 pictures in eight colours, of halves and of corners, by integer arithmetic alone."""
-    from unclip.core.captions import COLOURS
+    from unclip.core.data import COLOURS
     from unclip.corpora.shards import ShardWriter, encode_webp
 
     folder.mkdir(parents=True)

@@ -28,9 +28,8 @@ from unclip.clip.train import (
     lock_text,
     run,
 )
-from unclip.core.captions import COLOURS
 from unclip.core.config import TrainConfig, parse
-from unclip.core.data import DataConfig, Draws, ShardDataset, collate
+from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.train import train
 
 TINY = CLIPArguments(

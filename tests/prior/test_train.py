@@ -26,9 +26,8 @@ from prior.train import (
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.clip.remember import RememberedCLIP, training_embeddings
 from unclip.core.analytic import AnalyticDDPMScheduler
-from unclip.core.captions import COLOURS
 from unclip.core.config import TrainConfig, parse
-from unclip.core.data import DataConfig, Draws, ShardDataset, collate
+from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.diffusion import Diffusion, make_scheduler
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 

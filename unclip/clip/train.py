@@ -17,9 +17,8 @@ from transformers import PretrainedConfig
 
 from unclip.clip.evaluate import evaluate
 from unclip.clip.model import CLIP, CLIPArguments
-from unclip.core.captions import COLOURS
 from unclip.core.config import TrainConfig, main
-from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
+from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.files import write_json
 from unclip.core.train import Batch, LossFn, datasets_of, processes, train
 
@@ -97,7 +96,7 @@ def clip_loss(config: CLIPConfig, clip: CLIP) -> LossFn:
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss () of a batch of pictures and captions, and what is logged beside it, each ()."""
         draws = batch["draws"]
-        x, captions = draw_pictures_and_captions(batch, draws, config.data.background, config.data.keywords)
+        x, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         x = augment(x, draws, config.shift, config.zoom, config.flip) if model.training else x
         ids, mask = clip.tokenize(captions)
         z_i, z_t, scale = model(x, ids, mask)

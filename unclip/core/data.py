@@ -18,11 +18,24 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unclip.core.captions import COLOURS, holds, read_forms, stand_in
 from unclip.core.files import whole_file
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 * 1024 * 1024
+
+# Backgrounds by the name that captions give them, RGB 0 … 255
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 52, 52),
+    "orange": (245, 150, 50),
+    "yellow": (250, 220, 80),
+    "green": (70, 165, 85),
+    "blue": (60, 115, 215),
+    "purple": (135, 80, 185),
+    "pink": (245, 165, 195),
+    "brown": (125, 85, 55),
+    "grey": (135, 135, 135),
+    "black": (20, 20, 20),
+}
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -192,8 +205,6 @@ class DataConfig:
     styles: list[str] | None = None  # only these styles
     limit: int | None = None  # the first so many of what is left
     background: float = 0.0  # probability of a named background colour instead of white
-    keywords: float = 0.0  # probability that a keyword stands in the caption for the concept that it names
-    leave_out: str | None = None  # path of a text file with words, a line each: keywords that hold one are not used
 
 
 def read_index(shard: str | Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -241,14 +252,13 @@ class ShardDataset(Dataset[dict[str, Any]]):
         self._cache: dict[int, Tensor] = {}
         self.rows: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
         self.meta: list[dict[str, Any]] = []
-        wanted, left_out = _wanted(config), frozenset() if config.leave_out is None else read_forms(config.leave_out)
+        wanted = _wanted(config)
         for shard in _shards(config):
             with shard.open("rb") as file:
                 for key, parts in read_index(shard).items():
                     if config.limit is not None and len(self.rows) >= config.limit:
                         return
                     meta = _read_meta(file, shard, key, parts)
-                    meta["keywords"] = [k for k in meta.get("keywords", []) if not holds(k, left_out)]
                     if all(meta.get(name) in allowed for name, allowed in wanted.items()):
                         self.rows.append((shard, key, parts))
                         self.meta.append(meta)
@@ -271,7 +281,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             "image": self._image(index),
             "captions": meta["captions"],
             **{name: meta.get(name, "") for name in ("concept", "style", "group")},
-            "keywords": meta["keywords"],
+            "keywords": meta.get("keywords", []),
             "index": index,
             "key": key,
         }
@@ -366,25 +376,18 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw_pictures_and_captions(
-    batch: dict[str, Any], draws: Draws, background_probability: float = 0.0, keyword_probability: float = 0.0
+    batch: dict[str, Any], draws: Draws, background_probability: float = 0.0
 ) -> tuple[Tensor, list[str]]:
     """Pick one caption per sample and its background: x0 float (b, 3, h, w) in [−1, 1], and the captions.
 
-    With the given probabilities a drawing that has transparency stands on a named colour, and the caption says so; and
-    one of its keywords stands for the concept in captions that name it.
+    With the given probability a drawing that has transparency stands on a named colour, and the caption says so.
     """
-    for name, value in (("background", background_probability), ("keyword", keyword_probability)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}_probability is {value}, but a probability is in [0, 1].")
+    if not 0 <= background_probability <= 1:
+        raise ValueError(f"background_probability is {background_probability}, but a probability is in [0, 1].")
     image: Tensor = batch["image"]
     choice, coin = draws.uniform().cpu(), draws.uniform().cpu()
     colour = draws.integers(len(COLOURS)).cpu()
-    options = batch["captions"]
-    if keyword_probability:
-        meant = (draws.uniform() < keyword_probability).tolist()
-        rows = zip(options, batch["concept"], batch["keywords"], meant, draws.uniform().tolist(), strict=True)
-        options = [stand_in(own, concept, words, u) if on else own for own, concept, words, on, u in rows]
-    captions = [own[int(u * len(own))] for u, own in zip(choice.tolist(), options, strict=True)]
+    captions = [options[int(u * len(options))] for u, options in zip(choice.tolist(), batch["captions"], strict=True)]
     if image.shape[1] == 3:
         return to_pixels(image), captions
     coloured = (coin < background_probability) & (image[:, 3] < 255).flatten(1).any(1).cpu()

@@ -8,6 +8,7 @@ the concepts' own names: that is as much as a synonym could reach.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.core.captions import forms_of, plain
 from unclip.core.data import to_pixels
 from unclip.core.files import write_json
 from unclip.evals.concepts import Gallery, corpus_features, dtype_of, rates
@@ -57,8 +57,13 @@ def read_synonyms(path: str | Path = SYNONYMS) -> list[Synonym]:
 
 def captioned(words: Iterable[str], captions: Iterable[str]) -> list[str]:
     """Those of the words that a caption holds, as whole words, in singular or plural."""
-    held = "\n".join({f" {plain(caption)} " for caption in captions})
+    held = "\n".join({f" {' '.join(re.findall(r'[a-z0-9]+', caption.lower()))} " for caption in captions})
     return [word for word in words if any(f" {form} " in held for form in forms_of(word))]
+
+
+def forms_of(word: str) -> set[str]:
+    plain = " ".join(re.findall(r"[a-z0-9]+", word.lower()))
+    return {plain, f"{plain}s", f"{plain}es", plain.removesuffix("s"), plain.removesuffix("es")} - {""}
 
 
 def check(synonyms: Sequence[Synonym], corpus: Corpus) -> None:
