@@ -1,7 +1,7 @@
 """Matrix products: in which dtype, and without gradient by the faster of the two libraries that torch has for a CPU.
 
-In fp32 torch multiplies by MKL, which on AMD's processors with AVX-512 uses half of a vector; its other library, oneDNN,
-uses all of it, and torch takes that for convolutions and for bf16. The results differ by rounding.
+In fp32 torch multiplies by MKL, which on AMD's processors with AVX-512 uses half of a vector; its other library,
+oneDNN, uses all of it, and torch takes that for convolutions and for bf16. The results differ by rounding.
 """
 
 import torch
