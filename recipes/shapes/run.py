@@ -1,8 +1,8 @@
 """The whole stack from nothing in the shapes world, then judged by a program: `python -m recipes.shapes.run`.
 
 Builds the corpus, trains all five networks, joins them, samples 400 captions and reads the pictures.
-Everything goes to `runs/shapes`; `report.json` and `sheet.png` there are the result. At most 25 minutes on two cores.
-Where a goal is missed the command says so and ends with status 1.
+Everything goes to `runs/shapes`; `report.json` and `sheet.png` there are the result. At most 25 minutes on two cores
+that have bf16. Where a goal is missed the command says so and ends with status 1.
 """
 
 import argparse

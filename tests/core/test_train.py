@@ -384,18 +384,8 @@ def test_config_from_file_with_overrides(tmp_path):
 
     file = tmp_path / "decoder.yaml"
     file.write_text("model: {patch_size: 2}\nclip: a\ntrain: {out: b, steps: 5, batch_size: 2}\ndata: {path: c}\n")
-    arguments = [
-        "--config",
-        str(file),
-        "--train.steps",
-        "7",
-        "--drop_text",
-        "0.2",
-        "--model.patch_size",
-        "4",
-        "--resume",
-    ]
-    config = parse(DecoderConfig, arguments)
+    options = ["--train.steps", "7", "--drop_text", "0.2", "--model.patch_size", "4", "--resume"]
+    config = parse(DecoderConfig, ["--config", str(file), *options])
     assert (config.train.steps, config.train.batch_size, config.drop_text, config.train.resume) == (7, 2, 0.2, True)
     assert config.model == {"patch_size": 4}
     assert config.data.path == "c"

@@ -206,12 +206,11 @@ class _Run:
         self.config, self.out, self.length = config, Path(config.out), len(dataset)
         tracker = None if config.tracker == "none" else config.tracker
         device: Any = processes().device
-        native = "bf16" if computes_bf16(device) else "no"
+        precision = config.precision
+        if precision == "auto":
+            precision = "bf16" if computes_bf16(device) else "no"
         self.accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision=native if config.precision == "auto" else config.precision,
-            log_with=tracker,
-            project_dir=config.out,
+            cpu=device.type == "cpu", mixed_precision=precision, log_with=tracker, project_dir=config.out
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         check(config, model)
