@@ -261,7 +261,7 @@ def run(config: DecoderConfig) -> Path:
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     torch.manual_seed(config.train.seed)
     model = Decoder(**config.model)
-    start_from(model, config.start)
+    start_from(model, None if config.train.resume else config.start)
     if config.sketch_alone:
         freeze_all_but_sketch(model)
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior, best_of
+from unclip.clip.evaluate import concepts_of
 from unclip.clip.model import CLIP
 from unclip.core.data import ShardDataset, to_pixels
-from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
+from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise, stream
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def draw_embeddings(
     denoise = guided(prior, context, null, guidance_scale)
     drawn = []
     for k in range(candidates):
-        generators = picture_generators(seeds, f"prior-{k}")
+        generators = picture_generators(seeds, stream("prior", k))
         x_T = starting_noise((prior.embedding_dim,), generators, z_t.device)
         x0 = sample(denoise, make_sampler(scheduler, "dpm++"), x_T, steps, generators)
         drawn.append(F.normalize(prior.unstandardize(x0).float(), dim=-1))
@@ -73,24 +74,31 @@ def evaluate(
         seeds = list(range(first, first + len(part)))
         text.append(clip.encode_text(part).z_t.float())
         drawn.append(draw_embeddings(prior, clip, scheduler, part, seeds, guidance_scale=guidance_scale))
-    return compare(torch.cat(drawn), z_i, torch.cat(text), [meta["concept"] for meta in dataset.meta])
+    return compare(torch.cat(drawn), z_i, torch.cat(text), concepts_of(dataset))
+
+
+def cosine_to_others(a: Tensor, b: Tensor) -> Tensor:
+    """Mean cosine () of each row of a (n, d) to all rows of b (n, d) but its own; 0 for a single row."""
+    cosines = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T  # n n
+    return (cosines.sum() - cosines.diagonal().sum()) / max(1, len(a) * (len(a) - 1))
 
 
 def compare(drawn: Tensor, z_i: Tensor, z_t: Tensor, concepts: list[str]) -> dict[str, float]:
     """How near drawn embeddings are to those of the pictures; all (n, d), of unit norm, row i of the same caption.
 
-    `cosine`: of drawn and true z_i; `cosine_shuffled`: to another picture's; `cosine_between`: among true z_i of
-    different pictures; `cosine_text`: of z_t and true z_i. `top1`, `top5`: the true z_i, or one of the same concept,
-    is the nearest, or among the five nearest, of all true z_i to the drawn one. `spread`: the drawn ones' variance as a
-    part of the true ones'; `frechet`: the Fréchet distance of the two as normals, as a part of it too (0 for the same
-    mean and covariance, 1 for all of them at the true mean); few samples raise it. `count`: how many pictures.
+    `cosine`: of drawn and true z_i; `cosine_shuffled`: to all other pictures', in the mean; `cosine_between`: among
+    true z_i of different pictures; `cosine_text`: of z_t and true z_i. `top1`, `top5`: the true z_i, or one of the same
+    concept, is the nearest, or among the five nearest, of all true z_i to the drawn one. `spread`: the drawn ones'
+    variance as a part of the true ones'; `frechet`: the Fréchet distance of the two as normals, as a part of it too (0
+    for the same mean and covariance, 1 for all of them at the true mean); few samples raise it. `count`: how many
+    pictures.
     """
     nearest = (drawn @ z_i.T).topk(min(5, len(z_i))).indices.tolist()
     hits = [[concepts[j] == concepts[i] for j in row] for i, row in enumerate(nearest)]
     return {
         "cosine": float((drawn * z_i).sum(-1).mean()),
-        "cosine_shuffled": float((drawn * z_i.roll(1, 0)).sum(-1).mean()),
-        "cosine_between": float((z_i * z_i.roll(1, 0)).sum(-1).mean()),
+        "cosine_shuffled": float(cosine_to_others(drawn, z_i)),
+        "cosine_between": float(cosine_to_others(z_i, z_i)),
         "cosine_text": float((z_t * z_i).sum(-1).mean()),
         "top1": sum(row[0] for row in hits) / len(hits),
         "top5": sum(any(row) for row in hits) / len(hits),

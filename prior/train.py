@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior
-from prior.evaluate import evaluate
+from prior.evaluate import cosine_to_others, evaluate
 from prior.pca import PCA
+from unclip.clip.evaluate import concepts_of
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
 from unclip.core.analytic import x0_variance
@@ -50,7 +51,7 @@ class PriorConfig:
 def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) -> LossFn:
     """Mean squared error of the predicted, standardised x0.
 
-    Metrics: cosine of the predicted z_i to the true one, and to another sample's, which is what it must rise above.
+    Metrics: cosine of the predicted z_i to the true one, and to the other samples', which is what it must rise above.
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -69,8 +70,8 @@ def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) 
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma).mean()
         with torch.no_grad():
             predicted = net.unstandardize(output.float())
-            true, shuffled = F.cosine_similarity(predicted, z_i), F.cosine_similarity(predicted, z_i.roll(1, 0))
-        return loss, {"cosine": true.mean(), "cosine_shuffled": shuffled.mean()}
+            cosine, shuffled = F.cosine_similarity(predicted, z_i).mean(), cosine_to_others(predicted, z_i)
+        return loss, {"cosine": cosine, "cosine_shuffled": shuffled}
 
     return loss_fn
 
@@ -79,7 +80,7 @@ def autoregressive_loss(config: PriorConfig, clip: RememberedCLIP) -> LossFn:
     """Cross-entropy of every token given the true ones before it, in nats a token; ln(buckets) is guessing.
 
     Metrics: cosine of the z_i whose components are each the mean of their token's distribution to the true one, and to
-    another sample's. The tokens before being the true ones, they are higher than those of drawn z_i.
+    the other samples'. The tokens before being the true ones, they are higher than those of drawn z_i.
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -96,8 +97,8 @@ def autoregressive_loss(config: PriorConfig, clip: RememberedCLIP) -> LossFn:
         with torch.no_grad():
             buckets = torch.arange(logits.shape[-1], device=logits.device, dtype=torch.float32)
             predicted = net.dequantise(logits.float().softmax(-1) @ buckets)
-            true, shuffled = F.cosine_similarity(predicted, z_i), F.cosine_similarity(predicted, z_i.roll(1, 0))
-        return loss, {"cosine": true.mean(), "cosine_shuffled": shuffled.mean()}
+            cosine, shuffled = F.cosine_similarity(predicted, z_i).mean(), cosine_to_others(predicted, z_i)
+        return loss, {"cosine": cosine, "cosine_shuffled": shuffled}
 
     return loss_fn
 
@@ -168,6 +169,8 @@ def run(config: PriorConfig) -> Path:
     """Trains a prior, samples from it on the splits `evaluate`; returns the folder of the exported network."""
     dataset, validation = datasets_of(config.data, config.validation)
     splits = {split: ShardDataset(replace(config.data, split=split, background=0.0)) for split in config.evaluate}
+    for split in splits.values():
+        concepts_of(split)  # what lacks them is named before the training, not after
     device: Any = processes().device
     clip = CLIP.from_pretrained(config.clip).to(device)
     remembered = RememberedCLIP(clip, config.remember)

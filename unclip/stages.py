@@ -27,6 +27,7 @@ from unclip.core.sampling import (
     resolve_timesteps,
     sample,
     starting_noise,
+    stream,
 )
 from unclip.folder import fingerprint
 from unclip.presets import StageSettings
@@ -175,11 +176,6 @@ def decoder_conditions(
             conditions["drop_text"] = torch.ones(rows, dtype=torch.bool)
     conditions |= {"text": text.states, "text_mask": text.mask}
     return conditions if z_t_width is None else {**conditions, "z_t": text.z_t}
-
-
-def stream(name: str, draw: int) -> str:
-    """What the noise of a stage's draw, from 0, is drawn under."""
-    return name if draw == 0 else f"{name}-{draw + 1}"
 
 
 def check_prior(pipe: UnCLIP, settings: StageSettings) -> None:

@@ -113,7 +113,7 @@ def run(config: UpsamplerConfig) -> Path:
     dataset, validation = datasets_of(config.data, config.validation)
     torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)
-    start_from(model, config.start)
+    start_from(model, None if config.train.resume else config.start)
     factor = model.config["factor"]
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)

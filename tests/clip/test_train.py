@@ -31,6 +31,7 @@ from unclip.clip.train import (
 from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.train import train
+from unclip.corpora.shards import ShardWriter, encode_webp
 
 TINY = CLIPArguments(
     dim=12,
@@ -239,6 +240,27 @@ def test_templates_without_a_place_are_refused_before_any_work(corpus: Path, tmp
     with pytest.raises(ValueError, match=r"expected '\{\}' in each"):
         run(CLIPConfig(TINY, settings, DataConfig(str(corpus)), evaluate=["test"], templates=["{}", "a drawing"]))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", [{"lock_text": True}, {"model": replace(TINY, text_layers=[0])}])
+def test_a_text_tower_from_nothing_is_neither_locked_nor_picked_from(corpus: Path, tmp_path: Path, what: dict):
+    settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
+    with pytest.raises(ValueError, match=r"model\.text is bpe, which starts from nothing"):
+        run(CLIPConfig(**{"model": TINY, "train": settings, "data": DataConfig(str(corpus)), **what}))
+
+
+def test_pictures_without_a_concept_are_trained_on_and_not_evaluated(tmp_path: Path):
+    (tmp_path / "unnamed").mkdir()
+    with ShardWriter(tmp_path / "unnamed") as writer:
+        for i in range(4):
+            picture = encode_webp(Image.new("RGB", (16, 16)))
+            writer.add(str(i), picture, {"captions": [f"a square {i}"], "split": "train"})
+    data = DataConfig(str(tmp_path / "unnamed"))
+    settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
+    with pytest.raises(ValueError, match=r"4 of 4 samples of .*unnamed, train, name no concept"):
+        run(CLIPConfig(TINY, settings, data, evaluate=["train"]))
+    assert not (tmp_path / "out").exists()
+    assert run(CLIPConfig(TINY, settings, data)).is_dir()
 
 
 def test_a_run_goes_on_only_with_its_words_and_heads(corpus: Path, tmp_path: Path):

@@ -43,7 +43,7 @@ def test_schedule_is_the_schedulers(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_target_means_x0_eps_and_v(kind, prediction_type):
+def test_target_means_x0_and_eps(kind, prediction_type):
     d, t = diffusion(kind, prediction_type), T_ALL
     x0, noise = (x.double() for x in draw(t))
     x_t, target = d.add_noise(x0, noise, t), d.target(x0, noise, t)
@@ -51,9 +51,6 @@ def test_target_means_x0_eps_and_v(kind, prediction_type):
     near_end = 5e-3 if prediction_type == "epsilon" else 5e-5
     torch.testing.assert_close(d.to_x0(x_t, target, t), x0, rtol=0, atol=near_end)
     torch.testing.assert_close(d.to_eps(x_t, target, t), noise, rtol=0, atol=5e-5)
-    torch.testing.assert_close(
-        d.to_v(x_t, target, t), diffusion(kind, "v_prediction").target(x0, noise, t), rtol=0, atol=near_end
-    )
     torch.testing.assert_close(d.from_x0(x_t, x0, t), target, rtol=0, atol=5e-5)
 
 

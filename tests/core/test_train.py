@@ -76,7 +76,8 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path):
         return loss_fn(model, batch)
 
     config = config_of(tmp_path / "parts", ema=0.5)
-    train(config, Affine(), stopping, Pictures())
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6; go on with --resume"):
+        train(config, Affine(), stopping, Pictures())
     assert [p.name for p in checkpoint.states(tmp_path / "parts")] == ["step-00000003"]
     parts = train(replace(config, resume=True), Affine(), loss_fn, Pictures())
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -90,6 +91,17 @@ def test_accumulation_changes_nothing(tmp_path):
     assert losses(tmp_path / "once") == pytest.approx(losses(tmp_path / "twice"), rel=1e-5)
     for name, tensor in weights(once).items():
         assert torch.allclose(tensor, weights(twice)[name], atol=1e-6)
+
+
+def test_a_network_that_was_loaded_trains_in_training_mode(tmp_path):
+    modes = []
+
+    def watching(model, batch):
+        modes.append(model.training)
+        return loss_fn(model, batch)
+
+    train(config_of(tmp_path, steps=2, validate_every=1), Affine().eval(), watching, Pictures(), Pictures())
+    assert modes[0] and modes[-1] is False and True in modes[1:]  # validation in evaluation mode, then back
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

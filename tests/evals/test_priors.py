@@ -48,6 +48,13 @@ def test_rows_are_what_the_model_can_do(pipe: UnCLIP, tiny_model: Path) -> None:
     assert list(candidates(UnCLIP(**{**parts, "prior": None, "prior_scheduler": None}), (2,))) == ["autoregressive"]
 
 
+def test_a_model_without_a_prior_is_named(tiny_stages: dict[str, Path], tiny_corpus: Path, tmp_path: Path) -> None:
+    parts = {**load_stage("clip", tiny_stages["clip"]), **load_stage("decoder", tiny_stages["decoder"])}
+    UnCLIP(prior=None, prior_scheduler=None, **parts).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no prior to measure"):
+        evaluate(str(tmp_path / "model"), tiny_corpus, ["train"], count=0)
+
+
 def test_a_row_s_figures_are_those_of_what_was_drawn(pipe: UnCLIP, tiny_corpus: Path, monkeypatch) -> None:
     dataset = ShardDataset(DataConfig(str(tiny_corpus)))
     settings = candidates(pipe, (2,))["autoregressive"]

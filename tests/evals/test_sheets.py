@@ -38,7 +38,6 @@ def test_nearest_finds_itself():
     gallery = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     index = torch.tensor([3, 17, 29])
     assert torch.equal(nearest(gallery[index], gallery), index)
-    assert torch.equal(nearest(gallery[index], gallery, "euclidean"), index)
 
 
 def test_the_saved_sheet_is_whole_and_alone(tmp_path):
@@ -60,8 +59,6 @@ def test_bad_input_is_named():
         contact_sheet([[image]], ["a", "b"])
     with pytest.raises(ValueError, match="without pictures"):
         contact_sheet([[]], ["a"])
-    with pytest.raises(ValueError, match="metric='dot'"):
-        nearest(torch.eye(2), torch.eye(2), "dot")
     with pytest.raises(ValueError, match="gallery came empty"):
         nearest(torch.eye(2), torch.empty(0, 2))
 

@@ -9,6 +9,17 @@ from unclip.clip.model import CLIP
 from unclip.core.data import ShardDataset, to_pixels
 
 
+def concepts_of(dataset: ShardDataset) -> list[str]:
+    """What each picture shows. Raises ValueError where a sample does not say."""
+    concepts = [meta.get("concept", "") for meta in dataset.meta]
+    if unnamed := concepts.count(""):
+        raise ValueError(
+            f"{unnamed} of {len(concepts)} samples of {dataset.config.path}, {dataset.config.split}, name no concept, "
+            "which these figures are of: pack pictures with a concept each, or leave their evaluation out."
+        )
+    return concepts
+
+
 @torch.no_grad()
 def evaluate(
     clip: CLIP, dataset: ShardDataset, labels: Sequence[str], templates: Sequence[str] = ("{}",)
@@ -17,10 +28,12 @@ def evaluate(
 
     `top1`, `top5`: the picture's concept among `labels`, each the mean of its prompts over `templates`.
     `image_to_text`, `text_to_image`: the nearest of all first captions, or pictures, of the data set carries the same
-    caption. `count`, `labels`: how many pictures and labels. Raises ValueError for a concept that is not a label.
+    caption. `count`, `labels`: how many pictures and labels. Raises ValueError for a picture without a concept, and for
+    a concept that is not a label.
     """
     index = {label: i for i, label in enumerate(labels)}
-    missing = sorted({meta["concept"] for meta in dataset.meta} - index.keys())
+    concepts = concepts_of(dataset)
+    missing = sorted(set(concepts) - index.keys())
     if missing:
         raise ValueError(f"{len(missing)} concepts, such as {missing[0]!r}, are no label; add them to the labels.")
     was_training = clip.training
@@ -34,7 +47,7 @@ def evaluate(
     )
     texts = [meta["captions"][0] for meta in dataset.meta]
     z_t = torch.cat([clip.encode_text([texts[i] for i in rows]).z_t for rows in _chunks(len(texts), 128)])
-    truth = torch.tensor([index[meta["concept"]] for meta in dataset.meta], device=device)
+    truth = torch.tensor([index[concept] for concept in concepts], device=device)
     best = (z_i @ clip.label_embeddings(labels, templates).T).topk(min(5, len(labels))).indices
     hit = best == truth[:, None]
     clip.train(was_training)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers import PretrainedConfig
 
-from unclip.clip.evaluate import evaluate
+from unclip.clip.evaluate import concepts_of, evaluate
 from unclip.clip.model import CLIP, CLIPArguments
 from unclip.core.config import TrainConfig, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
@@ -171,6 +171,11 @@ def run(config: CLIPConfig) -> Path:
             f"train.accumulation is {config.train.accumulation}, but CLIP's negatives are the other samples of a "
             "micro-batch: leave it out, and take a smaller train.batch_size or more processes."
         )
+    if config.model.start is None and config.model.text == "bpe" and (config.lock_text or config.model.text_layers):
+        raise ValueError(
+            "lock_text and model.text_layers are for a pretrained text tower, and model.text is bpe, which starts from "
+            "nothing: leave them out, or set model.text to minilm."
+        )
     if any("{}" not in template for template in config.templates):
         raise ValueError(f"templates are {config.templates}, expected '{{}}' in each, where the concept goes.")
     dataset, validation = datasets_of(config.data, config.validation)
@@ -178,6 +183,8 @@ def run(config: CLIPConfig) -> Path:
         split: ShardDataset(DataConfig(config.data.path, split, config.data.groups, None, config.data.styles))
         for split in config.evaluate
     }
+    judged = (dataset, *splits.values()) if splits else ()
+    labels = sorted({concept for data in judged for concept in concepts_of(data)})
     torch.manual_seed(config.train.seed)
     texts = texts_of(dataset)
     clip = CLIP.build(config.model, texts)
@@ -193,7 +200,6 @@ def run(config: CLIPConfig) -> Path:
     folder = train(config.train, clip, clip_loss(config, clip), dataset, validation)
     if splits and processes().is_main_process:
         trained = CLIP.from_pretrained(folder).to(device)
-        labels = sorted({meta["concept"] for data in (dataset, *splits.values()) for meta in data.meta})
         figures = {split: evaluate(trained, data, labels, config.templates) for split, data in splits.items()}
         write_json(figures, Path(config.train.out) / "evaluation.json")
         print(json.dumps(figures))

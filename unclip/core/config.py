@@ -69,8 +69,8 @@ def main(config_class: type[Config], run: Callable[[Config], object], args: Sequ
     config = parse(config_class, args)
     try:
         run(config)
-    except KeyboardInterrupt:
-        print("interrupted; what was saved is kept.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted; what was saved is kept.", file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -163,15 +163,6 @@ class Diffusion:
             return (x_t - a * output) / sigma
         return sigma * x_t + a * output
 
-    def to_v(self, x_t: Tensor, output: Tensor, t: Tensor) -> Tensor:
-        """v of the network's prediction `output`, (b, …)."""
-        a, sigma = self._a_sigma(t, x_t)
-        if self.prediction_type == "epsilon":
-            return (output - sigma * x_t) / a
-        if self.prediction_type == "sample":
-            return (a * x_t - output) / sigma
-        return output
-
     def from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The prediction that means x0: the inverse of `to_x0`, (b, …)."""
         a, sigma = self._a_sigma(t, x_t)

@@ -381,6 +381,11 @@ def picture_generators(seeds: Sequence[Seed], stage: str) -> list[torch.Generato
     return [seed if isinstance(seed, torch.Generator) else _generator(f"{seed}:{stage}") for seed in seeds]
 
 
+def stream(name: str, draw: int) -> str:
+    """What the noise of a stage's draw, from 0, is drawn under."""
+    return name if draw == 0 else f"{name}-{draw + 1}"
+
+
 def _generator(name: str) -> torch.Generator:
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)

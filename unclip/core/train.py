@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import asdict
@@ -216,7 +215,7 @@ class _Run:
         check(config, model)
         if self.length == 0:
             raise ValueError("the training set is empty: look at `data.split` and what narrows it.")
-        self.model: Any = model.to(self.accelerator.device)
+        self.model: Any = model.to(self.accelerator.device).train()  # what a network starts from came in eval mode
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing:
@@ -346,8 +345,8 @@ def train(
 
     `loss_fn(model, batch) -> (loss, metrics)`: a scalar and a dictionary of scalars; its randomness comes from
     `batch["draws"]` alone. `sample_fn(model, batch)` makes pictures (n, 3, h, w) in [−1, 1] from a validation batch.
-    Ctrl-C saves the state and returns. Raises ValueError for a config that cannot run, FloatingPointError for a loss
-    that is not finite (nothing is saved after it).
+    Raises ValueError for a config that cannot run, FloatingPointError for a loss that is not finite (nothing is saved
+    after it), KeyboardInterrupt on Ctrl-C or SIGTERM, with the state saved.
     """
     run = _Run(config, model, dataset)  # pyright: ignore[reportArgumentType]
     batches = run.batches(dataset)
@@ -366,6 +365,6 @@ def train(
             if stop:
                 break
     run.accelerator.end_training()
-    if done < config.steps and run.accelerator.is_main_process:
-        print(f"stopped after step {done} of {config.steps}; go on with --resume", file=sys.stderr)
+    if done < config.steps:
+        raise KeyboardInterrupt(f"stopped after step {done} of {config.steps}; go on with --resume.")
     return Path(config.out) / "model"

@@ -83,9 +83,9 @@ def clip(
 
 @evals.command("shapes")
 def shapes_report(
-    model: Model = None,
-    corpus: Annotated[Path, typer.Option(help="Folder of the shapes corpus.")] = Path("corpora/shapes-64"),
-    out: Annotated[Path, typer.Option(help="Folder of report.json and the sheet.")] = Path("runs/shapes"),
+    model: Annotated[str, typer.Option(help="Folder of a model of the shapes world.")] = "runs/shapes/model",
+    corpus: Annotated[Path, typer.Option(help="Folder of the shapes corpus.")] = Path("runs/shapes/corpus-64"),
+    out: Annotated[Path, typer.Option(help="Folder of report.json and the sheet.")] = Path("runs/shapes/judged"),
     count: Annotated[int, typer.Option(help="How many captions, half seen in training.")] = 400,
     seed: Annotated[int, typer.Option()] = 0,
     preset: Annotated[str, typer.Option()] = "default",

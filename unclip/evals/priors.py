@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from prior.evaluate import compare, true_embeddings
+from unclip.clip.evaluate import concepts_of
 from unclip.core.data import DataConfig, ShardDataset
 from unclip.core.files import write_json
 from unclip.evals import concepts
@@ -65,7 +66,7 @@ def measure(pipe: UnCLIP, dataset: ShardDataset, settings: StageSettings, callba
         first += len(seeds)
     seconds = time.perf_counter() - started
     z_t = torch.cat([F.normalize(text.z_t.float(), dim=-1) for text in texts])
-    figures = compare(torch.cat(drawn), z_i, z_t, [meta["concept"] for meta in dataset.meta])
+    figures = compare(torch.cat(drawn), z_i, z_t, concepts_of(dataset))
     return {**{k: round(v, 4) for k, v in figures.items()}, "milliseconds": round(1000 * seconds / len(captions), 2)}
 
 
@@ -103,6 +104,8 @@ def evaluate(
         concepts.choose(real.drawings, split, count, trained)  # bad arguments are named before the networks load
     datasets = {s: ShardDataset(DataConfig(str(corpus), s, concepts=only, limit=limit)) for s in splits}
     pipe = UnCLIP.from_pretrained(model, dtype, device)
+    if not candidates(pipe, steps, guidance_scale):
+        raise ValueError(f"{name} has no prior to measure: give a model that has one.")
     networks = {"diffusion": pipe.prior, "autoregressive": pipe.prior_ar}
     parameters = {row: sum(p.numel() for p in net.parameters()) for row, net in networks.items() if net is not None}
     rows: dict[str, dict[str, Any]] = {}

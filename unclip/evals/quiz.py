@@ -139,7 +139,7 @@ def score(folder: str | Path, answers: str | Path) -> dict[str, Any]:
         if answer != question.right
     }
     return {
-        **{name: key[name] for name in ("model", "seed", "size", "preset")},
+        **{name: key[name] for name in ("model", "dtype", "seed", "size", "preset")},
         "right": sum(right),
         "count": len(right),
         "answered": sum(answer is not None for answer in given),

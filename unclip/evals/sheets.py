@@ -109,18 +109,13 @@ def save_sheet(sheet: Image.Image, path: Path) -> Path:
     return path
 
 
-def nearest(queries: Tensor, gallery: Tensor, metric: str = "cosine") -> Tensor:
+def nearest(queries: Tensor, gallery: Tensor) -> Tensor:
     """Index of each query's nearest row of `gallery`. queries (n, d), gallery (m, d); returns int64 (n,).
 
-    "cosine" compares directions after taking the gallery's mean off both; "euclidean" compares distances, as for
-    pixels. Raises ValueError for another metric or an empty gallery.
+    By cosine, after taking the gallery's mean off both. Raises ValueError for an empty gallery.
     """
     if len(gallery) == 0:
         raise ValueError("The gallery came empty; nothing can be nearest, so give at least one real picture.")
-    if metric == "euclidean":
-        return torch.cdist(queries.float(), gallery.float()).argmin(dim=1)
-    if metric != "cosine":
-        raise ValueError(f"metric={metric!r} came; it is 'cosine' or 'euclidean'.")
     centre = gallery.mean(dim=0)
     unit = torch.nn.functional.normalize
     return (unit(queries - centre) @ unit(gallery - centre).T).argmax(dim=1)
