@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from unclip.core.data import pil_from_pixels
 from unclip.core.products import computes_bf16
 from unclip.core.sampling import Seed
+
+Picture = str | Path | Image.Image
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTypeName = Literal["fp32", "bf16", "fp16", "auto"]
@@ -82,15 +85,16 @@ def check_prompts(prompt: str | Sequence[str]) -> list[str]:
 
 def check_request(
     prompt: str | Sequence[str] | None, image: Any, z_i: Tensor | None, num_images: int
-) -> tuple[list[str] | None, list[Image.Image] | Tensor | None, int]:
+) -> tuple[list[str] | None, list[Picture] | Tensor | None, int]:
     """Prompts, pictures to vary, and of how many of them `num_images` are asked. Raises TypeError or ValueError."""
-    images = [image] if isinstance(image, Image.Image) else image if isinstance(image, Tensor | None) else list(image)
+    one = isinstance(image, Picture)
+    images = [image] if one else image if isinstance(image, Tensor | None) else list(image)
     if images is not None and (z_i is not None or not len(images)):
         raise ValueError("image came empty or together with z_i; give one picture or more, or z_i.")
     if prompt is None and images is not None:
         return None, images, len(images)
     if prompt is None and z_i is not None:
-        return None, None, len(z_i) // max(1, num_images if isinstance(num_images, int) else 1)
+        return None, None, max(1, len(z_i) // max(1, num_images if isinstance(num_images, int) else 1))
     prompts = check_prompts(prompt)  # pyright: ignore[reportArgumentType]  # None is refused there
     if images is not None and len(images) != len(prompts):
         raise ValueError(f"{len(images)} pictures came with {len(prompts)} prompts; give one prompt for each, or none.")

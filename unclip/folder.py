@@ -56,7 +56,7 @@ def find_model(name: str | Path | None) -> tuple[Path, str]:
     Raises FileNotFoundError for a folder that holds no model and for a name that cannot be had.
     """
     if name is None:
-        name = "emoji"
+        return _with_index(WEIGHTS / "emoji"), "emoji"
     embedded = WEIGHTS / str(name)
     path = Path(name).expanduser()
     if path.is_dir():

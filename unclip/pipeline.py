@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from decoder.decoder import Decoder
@@ -21,6 +20,7 @@ from unclip.arguments import (
     Callback,
     DTypeName,
     OutputType,
+    Picture,
     check_fit,
     check_request,
     check_seeds,
@@ -30,12 +30,12 @@ from unclip.arguments import (
 )
 from unclip.clip.model import CLIP, TextFeatures
 from unclip.convert import karlo
-from unclip.core.data import pil_from_pixels, pixels_from_pil
+from unclip.core.data import load_image, pil_from_pixels, pixels_from_pil
 from unclip.core.files import whole_folder
 from unclip.core.sampling import INVERSE, Seed, make_sampler, resolve_timesteps
 from unclip.folder import INDEX, announce, find_model, license_notice, load_folder, write_component
 from unclip.presets import PriorName, StageSettings, override, read_presets, write_presets
-from unclip.prompts import best_rows, check_best_of, check_negative, decode_prompts, embed_prompts
+from unclip.prompts import best_rows, check_best_of, check_negative, decode_prompts, embed_prompts, plain
 from unclip.sources import check_output_type
 from unclip.stages import Known, UnCLIPOutput, check_prior, finish, run_stage
 from upsamplers.upsampler import Upsampler
@@ -104,7 +104,7 @@ class UnCLIP(DiffusionPipeline):
         self.model_name, self.unit_norm, self.license_text = name, unit_norm, license_notice(license)
         self.batch_size = {"prior": 64, "decoder": 16, "upsampler_256": 1, "upsampler_1024": 1}
         self.tile: int | None = None
-        self._null_contexts: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._null_contexts: dict[str, tuple[Any, Any]] = {}
         for net in (decoder, upsampler_256, upsampler_256_last, upsampler_1024):
             if net is not None:
                 net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -207,17 +207,17 @@ class UnCLIP(DiffusionPipeline):
         return self.clip.encode_text(prompts, normalize=self.unit_norm)
 
     @torch.no_grad()
-    def encode_image(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
-        """z_i (b, d), float32 of unit norm, of pictures: PIL, of any sizes, or float (b, 3, h, w) in [−1, 1].
+    def encode_image(self, images: Picture | Sequence[Picture] | Tensor) -> Tensor:
+        """z_i (b, d), float32 of unit norm, of pictures: PIL or paths, of any sizes, or float (b, 3, h, w) in [−1, 1].
 
         PIL pictures are prepared by CLIP's own processor. Of a model whose `unit_norm` is off, z_i is as projected.
         """
         if isinstance(images, Tensor):
             return self.clip.encode_image(images.to(self.clip.device), self.unit_norm).float()
-        images = [images] if isinstance(images, Image.Image) else list(images)
-        if not images:
+        pictures = [images] if isinstance(images, Picture) else list(images)
+        if not pictures:
             raise ValueError("no pictures came; give at least one.")
-        opaque = [pil_from_pixels(pixels_from_pil(image))[0] for image in images]
+        opaque = [pil_from_pixels(pixels_from_pil(load_image(picture)))[0] for picture in pictures]
         return self.clip.encode_pictures(opaque, self.unit_norm).float()
 
     @torch.no_grad()
@@ -337,7 +337,7 @@ class UnCLIP(DiffusionPipeline):
         callback: Callback | None = None,
         z_i: Tensor | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
+        image: Picture | Sequence[Picture] | Tensor | None = None,
         prior: PriorName | None = None,
         negative_prompt: str | None = None,
         best_of: int = 1,
@@ -358,6 +358,9 @@ class UnCLIP(DiffusionPipeline):
         check_seeds(seed, num_images)
         seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts, self.clip), generator, asked)
         size, output_type = self.check_size(size), check_output_type(output_type)
+        if best_of == 1 and (given is not None or z_i is not None):
+            for part in prompts or ():
+                plain(part)  # parts and weights are z_i's, and would say nothing here
         settings = self.settings(preset, guidance_scale, prior_guidance_scale, steps, prior)
         hears = ("prior", "decoder") if given is None and z_i is None else ("decoder",)
         negative_prompt = check_negative(negative_prompt, self, settings, hears)

@@ -113,7 +113,7 @@ def join(z: Tensor, parsed: Sequence[Sequence[Part]], n: int, average: Tensor | 
     average (d,): the mean of pictures' embeddings, which a lone part's weight is measured from; None: it counts for
     nothing.
     """
-    joined = []
+    device, z, joined = z.device, z.cpu(), []  # means and great circles are taken in double, which MPS has not
     for block, parts in zip(z.split([len(parts) * n for parts in parsed]), parsed, strict=True):
         if len(parts) > 1:
             joined.append(weighted_mean(block.view(len(parts), n, -1), [part.weight for part in parts]))
@@ -123,7 +123,7 @@ def join(z: Tensor, parsed: Sequence[Sequence[Part]], n: int, average: Tensor | 
             norm = block.norm(dim=-1, keepdim=True)
             start = F.normalize(average.to(block), dim=0).expand(n, -1)
             joined.append(norm * F.normalize(slerp(start, block / norm, parts[0].weight), dim=-1))
-    return torch.cat(joined)
+    return torch.cat(joined).to(device)
 
 
 def decode_prompts(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.arguments import Callback, OutputType, Pictures, check_prompts, check_seeds
+from unclip.arguments import Callback, OutputType, Picture, Pictures, check_prompts, check_seeds
 from unclip.core.data import fit, load_image, pixels_from_pil
 from unclip.core.diffusion import Diffusion
 from unclip.core.sampling import Seed, picture_generators, resolve_timesteps, starting_noise
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
 
 Frame = Literal["crop", "pad"]
-Picture = str | Path | Image.Image
 Source = Picture | Latent  # a string is the path of a picture where it looks like one, else a caption
 Read = Image.Image | str | Latent  # a source that `read_source` has read: a string is a caption
 STEPS = 100

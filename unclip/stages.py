@@ -281,7 +281,8 @@ def null_context(
     rows: int,
     against: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Context of no conditions, `rows` times; kept until the network's weights, dtype or device change.
+    """Context of no conditions, `rows` times; kept until the network's weights, dtype or device, or the number
+    of tokens change.
 
     against: a negative prompt's conditions in the caption's place, one row; its context is not kept.
     """
@@ -289,21 +290,21 @@ def null_context(
         return None
     net, kept = getattr(pipe, name), pipe._null_contexts
     empty_prompt = not net.config["learned_null"] if name == "prior" else net.config["z_t_width"] is not None
-    mark = fingerprint(net) + (fingerprint(pipe.clip) if empty_prompt else ())
-    key = (name, conditions["text"].shape[1] if "text" in conditions else 0)
-    of, context = kept.get(key, (None, None))
+    length = conditions["text"].shape[1] if "text" in conditions else 0
+    mark = (length, *fingerprint(net), *(fingerprint(pipe.clip) if empty_prompt else ()))
+    of, context = kept.get(name, (None, None))
     if against is not None or of != mark:
         device = place(net)
         null = {k: torch.zeros_like(v[:1]) for k, v in conditions.items()}
         drops = [] if name == "prior" else ["drop_z_i"]
         if against is not None or empty_prompt:
-            null |= against or caption(pipe, [""], key[1])
+            null |= against or caption(pipe, [""], length)
         elif name == "prior" or "text" in conditions:
             drops.append("drop_text")
         null |= {drop: torch.ones(1, dtype=torch.bool) for drop in drops}
         context = net.encode_context(**{k: cast(v, device, net.dtype) for k, v in null.items()})
         if against is None:
-            kept[key] = (mark, context)
+            kept[name] = (mark, context)
     return repeat_context(context, rows)
 
 

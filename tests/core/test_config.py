@@ -36,3 +36,15 @@ def test_a_dash_in_an_option_is_as_good_as_an_underscore(dash: str, equals: bool
 def test_the_words_of_the_process_are_read_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["prior.train", *NEEDED, "--train.batch-size", "8", "--estimate-variance", "7"])
     assert parse(Config).estimate_variance == 7
+
+
+def test_config_from_file_with_overrides(tmp_path):
+    from decoder.train import DecoderConfig
+
+    file = tmp_path / "decoder.yaml"
+    file.write_text("model: {patch_size: 2}\nclip: a\ntrain: {out: b, steps: 5, batch_size: 2}\ndata: {path: c}\n")
+    options = ["--train.steps", "7", "--drop_text", "0.2", "--model.patch_size", "4", "--resume"]
+    config = parse(DecoderConfig, ["--config", str(file), *options])
+    assert (config.train.steps, config.train.batch_size, config.drop_text, config.train.resume) == (7, 2, 0.2, True)
+    assert config.model == {"patch_size": 4}
+    assert config.data.path == "c"

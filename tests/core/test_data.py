@@ -95,6 +95,12 @@ def test_restrictions(corpus: Path, tmp_path: Path):
         keys(limit=0)
 
 
+def test_a_split_is_not_another_that_begins_with_its_name(corpus: Path):
+    write_shard(corpus / "train-2-00000.tar", {"k20": sample(20)})
+    assert len(ShardDataset(DataConfig(str(corpus)))) == 7
+    assert len(ShardDataset(DataConfig(str(corpus), "train-2"))) == 1
+
+
 def test_missing_folder_and_split_are_named(corpus: Path):
     with pytest.raises(FileNotFoundError, match="no corpus folder"):
         ShardDataset(DataConfig(str(corpus / "nowhere")))
@@ -166,9 +172,11 @@ def test_cache_holds_pictures_up_to_its_room(corpus: Path):
 
 
 def test_workers_see_the_same_items(corpus: Path):
-    data = ShardDataset(DataConfig(str(corpus)))
-    data[0]
-    assert torch.equal(pickle.loads(pickle.dumps(data))[3]["image"], data[3]["image"])
+    data = ShardDataset(DataConfig(str(corpus)), cache_bytes=2 * 4 * 8 * 8)
+    data[0], data[1]
+    worker = pickle.loads(pickle.dumps(data))
+    assert torch.equal(worker[3]["image"], data[3]["image"])
+    assert worker[3]["image"] is worker[3]["image"]  # it has room of its own
     plain, spread = (DataLoader(data, 2, collate_fn=collate, num_workers=n) for n in (0, 2))
     for a, b in zip(plain, spread, strict=True):
         assert a["key"] == b["key"] and torch.equal(a["image"], b["image"])

@@ -30,6 +30,16 @@ def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path, error: type[Ba
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "old"]
 
 
+def test_a_folder_that_someone_called_old_stays(tmp_path: Path):
+    for name in ("model", "model.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("")
+    with whole_folder(tmp_path / "model") as partial:
+        (partial / "new").write_text("")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "model", "model.old", "model.old/mine", "model/new"]  # fmt: skip
+
+
 def test_only_what_is_marked_may_be_replaced(tmp_path: Path):
     for name in ("empty", "marked", "foreign"):
         (tmp_path / name).mkdir()

@@ -282,9 +282,12 @@ def test_what_a_killed_run_leaves_is_no_state_and_goes(tmp_path):
     (whole,) = checkpoint.states(tmp_path)
     for name in ("step-00000006.old", "step-00000009.partial", "step-00000009.old"):
         shutil.copytree(whole, whole.with_name(name))
+    (whole.parent / "step-00000006-best").mkdir()
+    (whole.parent / "step-00000006.tar").touch()
     assert checkpoint.states(tmp_path) == [whole]
     train(replace(config, resume=True, steps=8), Affine(), loss_fn, Pictures())
-    assert sorted(path.name for path in whole.parent.iterdir()) == ["step-00000006", "step-00000008"]
+    kept = ["step-00000006", "step-00000006-best", "step-00000006.tar", "step-00000008"]
+    assert sorted(path.name for path in whole.parent.iterdir()) == kept
 
 
 def test_resuming_a_finished_run_exports_its_network(tmp_path):
@@ -389,15 +392,3 @@ def test_the_launcher_says_no_more_than_the_command(tmp_path):
     assert result.returncode == 1
     assert f"error: There is no corpus folder {tmp_path / 'nowhere'}" in result.stderr
     assert "Traceback" not in result.stderr + result.stdout
-
-
-def test_config_from_file_with_overrides(tmp_path):
-    from decoder.train import DecoderConfig
-
-    file = tmp_path / "decoder.yaml"
-    file.write_text("model: {patch_size: 2}\nclip: a\ntrain: {out: b, steps: 5, batch_size: 2}\ndata: {path: c}\n")
-    options = ["--train.steps", "7", "--drop_text", "0.2", "--model.patch_size", "4", "--resume"]
-    config = parse(DecoderConfig, ["--config", str(file), *options])
-    assert (config.train.steps, config.train.batch_size, config.drop_text, config.train.resume) == (7, 2, 0.2, True)
-    assert config.model == {"patch_size": 4}
-    assert config.data.path == "c"

@@ -99,6 +99,18 @@ def test_text_that_is_not_utf_8_is_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert not list(tmp_path.glob("again*"))
 
 
+def test_a_line_separator_in_a_caption_and_a_split_that_is_no_name(tmp_path: Path):
+    source = tmp_path / "in"
+    put(source, "a.png", None)
+    row = {"file_name": "a.png", "text": "one\u2028two"}
+    (source / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert pack(source, tmp_path / "out")["count"] == 1
+    (source / "metadata.jsonl").write_text(json.dumps({**row, "split": "held out"}))
+    with pytest.raises(ValueError, match=r"a\.png names the split 'held out'"):
+        pack(source, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_nothing_to_pack_leaves_nothing(tmp_path: Path):
     source = tmp_path / "in"
     with pytest.raises(FileNotFoundError, match="no folder"):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.pca import PCA
-from unclip.folder import model_digest, write_component
+from unclip.folder import INDEX, find_model, model_digest, write_component
 from unclip.pipeline import UnCLIP
 from unclip.presets import read_presets
 
@@ -29,6 +29,17 @@ def test_folder_round_trip_keeps_pictures_and_names_no_place(pipe: UnCLIP, tiny_
     names = {str(p.relative_to(folder)) for p in folder.rglob("*")}
     assert names == {str(p.relative_to(tiny_model)) for p in tiny_model.rglob("*")}
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
+
+
+def test_the_embedded_model_is_not_a_folder_that_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("unclip.folder.WEIGHTS", tmp_path / "weights")
+    for name in ("emoji", "weights/emoji"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "weights" / "emoji" / INDEX).write_text("{}")
+    assert find_model(None) == (tmp_path / "weights" / "emoji", "emoji")
+    with pytest.raises(FileNotFoundError, match=INDEX):
+        find_model("emoji")  # a folder that is named
 
 
 def test_half_precision_storage_runs_in_fp32(pipe: UnCLIP, tmp_path: Path) -> None:

@@ -120,6 +120,23 @@ def test_guidance_of_zero_forgets_the_caption_and_one_needs_no_null(pipe: UnCLIP
     assert torch.allclose(conditional, nearly, atol=1e-3)
 
 
+def test_one_null_context_is_kept_for_prompts_of_all_lengths(tiny_model: Path) -> None:
+    one = UnCLIP.from_pretrained(tiny_model)
+    first = one.decode(torch.ones(1, 16), one.encode_text("a fish"), [0])
+    one.decode(torch.ones(1, 16), one.encode_text("a red apple on a plate"), [0])
+    assert list(one._null_contexts) == ["decoder"]
+    assert torch.equal(first, one.decode(torch.ones(1, 16), one.encode_text("a fish"), [0]))
+
+
+def test_a_path_is_a_picture(pipe: UnCLIP, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (20, 30), "red").save(path)
+    expected = pipe.encode_image(Image.open(path))
+    for given in (path, str(path), [path]):
+        assert torch.equal(pipe.encode_image(given), expected)
+        assert torch.equal(pipe(image=given, size=16).image_embeds, expected)
+
+
 def test_the_null_context_goes_when_weights_do(tiny_model: Path) -> None:
     one, other = UnCLIP.from_pretrained(tiny_model), UnCLIP.from_pretrained(tiny_model)
     text, z_i = one.encode_text(["a red apple"]), torch.ones(1, 16)
@@ -195,6 +212,9 @@ def test_generator_draws_the_seed(pipe: UnCLIP) -> None:
         ({"steps": (None, [5, 5])}, "repeat"),
         ({"output_type": "jpeg"}, "output_type 'jpeg'"),
         ({"z_i": torch.zeros(3, 16)}, "z_i is"),
+        ({"prompt": None, "z_i": torch.zeros(1, 16), "num_images": 4}, r"z_i is \(1, 16\); give \(4, 16\)"),
+        ({"prompt": "a red apple | a fish", "z_i": torch.zeros(1, 16)}, "has parts or a weight"),
+        ({"prompt": "a red apple:1.5", "z_i": torch.zeros(1, 16)}, "has parts or a weight"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(pipe: UnCLIP, arguments: dict, says: str) -> None:

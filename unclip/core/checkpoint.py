@@ -111,8 +111,8 @@ def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: 
     if accelerator.is_main_process:
         replace_folder(partial, final)
         kept = states(out)[-keep:]
-        for path in final.parent.glob("step-*"):
-            if path not in kept:
+        for path in final.parent.iterdir():
+            if re.fullmatch(r"step-\d+(\.partial|\.old)?", path.name) and path.is_dir() and path not in kept:
                 shutil.rmtree(path)
 
 

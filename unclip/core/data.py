@@ -248,7 +248,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if config.limit is not None and config.limit < 1:
             raise ValueError(f"data.limit is {config.limit}: give at least 1, or leave it out.")
         self.config = config
-        self.room = cache_bytes if cache else 0
+        self.room = self.cache_bytes = cache_bytes if cache else 0
         self._cache: dict[int, Tensor] = {}
         self.rows: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
         self.meta: list[dict[str, Any]] = []
@@ -269,7 +269,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return len(self.rows)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "room": self.cache_bytes}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
@@ -313,7 +313,7 @@ def _shards(config: DataConfig) -> list[Path]:
         raise FileNotFoundError(f"There is no corpus folder {folder}: build one with `unclip corpus` or `unclip pack`.")
     shards = []
     for split in config.split.split("+"):
-        found = sorted(folder.glob(f"{split}-[0-9]*.tar"))
+        found = sorted(p for p in folder.glob(f"{split}-*.tar") if p.stem[len(split) + 1 :].isdigit())  # not train-2's
         if not found:
             have = sorted({path.name.rsplit("-", 1)[0] for path in folder.glob("*-[0-9]*.tar")})
             raise FileNotFoundError(f"{folder} holds no split {split!r}; it holds {', '.join(have) or 'no shards'}.")

@@ -16,19 +16,16 @@ from typing import Any
 
 def replace_folder(partial: Path, final: Path) -> None:
     """Gives the folder `partial` the name `final`; a folder that had this name goes only once the new one is whole."""
-    old = final.with_name(final.name + ".old")
-    _remove(old)
-    if final.exists():
-        final.rename(old)
+    if not final.exists():
+        partial.rename(final)
+        return
+    old = final.with_name(f".{final.name}.{os.getpid()}.old")  # a name that nobody gives a folder of their own
+    final.rename(old)
     partial.rename(final)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()  # what it leads to is not ours
+    if old.is_symlink():
+        old.unlink()  # what it leads to is not ours
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def check_replaceable(folder: Path, mark: str) -> None:

@@ -60,7 +60,7 @@ def pack(
                     skipped.append(os.path.relpath(file, path))
                     continue
                 kept = {name: meta[name] for name in FIELDS if name in meta}
-                writer.add(f"{i:08d}", encoded, {"captions": captions, "split": _split(meta, split), **kept})
+                writer.add(f"{i:08d}", encoded, {"captions": captions, "split": _split(file, meta, split), **kept})
                 concepts[str(meta.get("concept", ""))] = None
         if not writer.counts:
             raise ValueError(
@@ -80,9 +80,12 @@ def pack(
     return summary
 
 
-def _split(meta: dict[str, Any], default: str) -> str:
+def _split(file: Path, meta: dict[str, Any], default: str) -> str:
+    """The split that a picture names, or the default. Raises ValueError where a name is none: it may be held out."""
     split = str(meta.get("split") or default)
-    return split if all(c.isalnum() or c in "-_" for c in split) else default
+    if not all(c.isalnum() or c in "-_" for c in split):
+        raise ValueError(f"{file} names the split {split!r}: use letters, digits, - and _ alone.")
+    return split
 
 
 def _rows(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -91,7 +94,7 @@ def _rows(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     if not table.is_file():
         return [(p, {}) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
     rows = []
-    for number, line in enumerate(_read(table).splitlines(), 1):
+    for number, line in enumerate(_read(table).split("\n"), 1):
         if not line.strip():
             continue
         try:
