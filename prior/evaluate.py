@@ -11,7 +11,7 @@ from prior.diffusion_prior import DiffusionPrior, best_of
 from unclip.clip.evaluate import concepts_of
 from unclip.clip.model import CLIP
 from unclip.core.data import ShardDataset, to_pixels
-from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise, stream
+from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def draw_embeddings(
     denoise = guided(prior, context, null, guidance_scale)
     drawn = []
     for k in range(candidates):
-        generators = picture_generators(seeds, stream("prior", k))
+        generators = picture_generators(seeds, "prior", k)
         x_T = starting_noise((prior.embedding_dim,), generators, z_t.device)
         x0 = sample(denoise, make_sampler(scheduler, "dpm++"), x_T, steps, generators)
         drawn.append(F.normalize(prior.unstandardize(x0).float(), dim=-1))

@@ -55,6 +55,7 @@ def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) 
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of a batch of pictures and captions, and what is logged beside it, each ()."""
         draws = batch["draws"]
         pixels, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         net: Any = getattr(model, "module", model)  # the statistics, under whatever wrapper
@@ -84,6 +85,7 @@ def autoregressive_loss(config: PriorConfig, clip: RememberedCLIP) -> LossFn:
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of a batch of pictures and captions, and what is logged beside it, each ()."""
         draws = batch["draws"]
         pixels, captions = draw_pictures_and_captions(batch, draws, config.data.background)
         net: Any = getattr(model, "module", model)  # what tokens mean, under whatever wrapper

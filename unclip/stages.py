@@ -27,7 +27,6 @@ from unclip.core.sampling import (
     resolve_timesteps,
     sample,
     starting_noise,
-    stream,
 )
 from unclip.folder import fingerprint
 from unclip.presets import StageSettings
@@ -114,7 +113,7 @@ def run_stage(
         if known is not None:
             denoise = keeping(denoise, Diffusion.from_scheduler(scheduler).to(device), known)
         for draw in range(draws):
-            generators = picture_generators(seeds[rows], stream(name, draw))
+            generators = picture_generators(seeds[rows], name, draw)
             drawn = starting_noise(shape, generators)  # also where x_T is given: the rest of the stream stays put
             noise = (drawn if x_T is None else x_T[rows].float()).to(device)
             report = reporter(callback, name, len(steps) - rises, batch * draws + draw, batches * draws)
@@ -146,7 +145,7 @@ def run_autoregressive(
         rows = slice(batch * at_once, (batch + 1) * at_once)
         z_i = net.sample(
             **{k: cast(v[rows], device, net.dtype) for k, v in conditions.items()},
-            generators=picture_generators(seeds[rows], stream("prior", draw)),
+            generators=picture_generators(seeds[rows], "prior", draw),
             guidance_scale=settings.guidance_scale,
             callback=reporter(callback, "prior", net.components, part, draws * batches),
             negative=away and {k: v.expand(len(seeds[rows]), *v.shape[1:]) for k, v in away.items()},

@@ -75,6 +75,7 @@ def upsampler_loss(config: UpsamplerConfig, factor: int, diffusion: Diffusion) -
     inpaints = config.model.get("inpaint", False)
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of a batch of pictures, of which nothing else is logged."""
         draws = batch["draws"]
         x0, _ = draw_pictures_and_captions(batch, draws, config.data.background)
         x0 = random_crops(x0, config.crop, draws)
@@ -94,6 +95,7 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
     """Upsamples degraded crops of a batch, for the grid of a tracker."""
 
     def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
+        """Crops (b, 3, crop, crop), about in [−1, 1], drawn from what is degraded of a batch's."""
         x0, _ = draw_pictures_and_captions(batch, batch["draws"], 0.0)
         x0 = random_crops(x0, config.crop, batch["draws"])
         low = degrade(x0, factor, config.degradation, batch["draws"], config.degraded_share)

@@ -371,19 +371,15 @@ def _map(fn: Callable[[tuple[Tensor, ...]], Tensor], *contexts: Any) -> Any:
 # Randomness
 
 
-def picture_generators(seeds: Sequence[Seed], stage: str) -> list[torch.Generator]:
-    """One CPU generator per picture, a function of (seed, stage name): no stage's steps change another's noise.
+def picture_generators(seeds: Sequence[Seed], stage: str, draw: int = 0) -> list[torch.Generator]:
+    """One CPU generator per picture, a function of (seed, stage name, draw): no stage's steps change another's noise.
 
     A generator in place of a seed is taken as it is: its stream then runs on from stage to stage.
     """
     if any(not isinstance(seed, int | torch.Generator) for seed in seeds):
         raise TypeError(f"seeds {list(seeds)} must be integers, or generators")
-    return [seed if isinstance(seed, torch.Generator) else _generator(f"{seed}:{stage}") for seed in seeds]
-
-
-def stream(name: str, draw: int) -> str:
-    """What the noise of a stage's draw, from 0, is drawn under."""
-    return name if draw == 0 else f"{name}-{draw + 1}"
+    name = stage if draw == 0 else f"{stage}-{draw + 1}"
+    return [seed if isinstance(seed, torch.Generator) else _generator(f"{seed}:{name}") for seed in seeds]
 
 
 def _generator(name: str) -> torch.Generator:

@@ -104,7 +104,8 @@ def evaluate(
         concepts.choose(real.drawings, split, count, trained)  # bad arguments are named before the networks load
     datasets = {s: ShardDataset(DataConfig(str(corpus), s, concepts=only, limit=limit)) for s in splits}
     pipe = UnCLIP.from_pretrained(model, dtype, device)
-    if not candidates(pipe, steps, guidance_scale):
+    compared = candidates(pipe, steps, guidance_scale)
+    if not compared:
         raise ValueError(f"{name} has no prior to measure: give a model that has one.")
     networks = {"diffusion": pipe.prior, "autoregressive": pipe.prior_ar}
     parameters = {row: sum(p.numel() for p in net.parameters()) for row, net in networks.items() if net is not None}
@@ -112,7 +113,7 @@ def evaluate(
     report = {"model": name, "dtype": concepts.dtype_of(pipe), "guidance_scale": guidance_scale}
     report |= {"parameters": parameters, "rows": rows}
     judge = Judge(choose_device(device)) if count else None
-    for i, (row, settings) in enumerate(candidates(pipe, steps, guidance_scale).items()):
+    for i, (row, settings) in enumerate(compared.items()):
         rows[row] = {split: measure(pipe, dataset, settings, callback) for split, dataset in datasets.items()}
         if judge is not None and (i == 0 or settings.solver == "ar"):
             generate = concepts.generator_of(pipe, real, prior=settings, callback=callback)
