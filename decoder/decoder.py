@@ -172,8 +172,22 @@ class Decoder(ModelMixin, ConfigMixin):
         text. known: (b, 4, h, w) of pictures to inpaint, as `core.masks.known_channels` gives it, where the decoder was
         built for that. Raises ValueError on shapes that do not fit.
         """
-        self.check_conditions(z_i, text, text_mask, drop_z_i, drop_text, z_t)
         check_known(known, self.inpaint)
+        time, tokens, mask = self.read(z_i, text, text_mask, drop_z_i, drop_text, z_t)
+        return DecoderContext(self.unet.project_context(tokens), time, mask, self.draw_sketch(time), known=known)
+
+    def read(
+        self,
+        z_i: Tensor,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        drop_z_i: Tensor | None = None,
+        drop_text: Tensor | None = None,
+        z_t: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The conditions of `encode_context` as the addend of the time embedding (b, time_dim), the context tokens
+        (b, n, context_width), and the mask (b, n) of those that count, None for all. Raises ValueError as it does."""
+        self.check_conditions(z_i, text, text_mask, drop_z_i, drop_text, z_t)
         z_i = z_i * self.z_i_scale
         if drop_z_i is not None:
             null = torch.zeros_like(z_i) if self.null_embedding is None else self.null_embedding.to(z_i.dtype)
@@ -182,8 +196,7 @@ class Decoder(ModelMixin, ConfigMixin):
         tokens = rearrange(self.context_z_i(z_i), "b (n w) -> b n w", n=self.z_i_tokens)
         only_text = self.config["norm_context"] == "text"
         if text is None:
-            tokens = tokens if only_text else self.context_norm(tokens)
-            return DecoderContext(self.unet.project_context(tokens), time, None, self.draw_sketch(time), known=known)
+            return time, tokens if only_text else self.context_norm(tokens), None
         mask = text.new_ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask  # b n
         if drop_text is not None:
             mask = mask & ~drop_text[:, None]
@@ -198,8 +211,7 @@ class Decoder(ModelMixin, ConfigMixin):
             last = (mask * torch.arange(1, text.shape[1] + 1, device=text.device)).argmax(dim=1)  # b
             pooled = self.time_text(tokens[torch.arange(len(text), device=text.device), last])  # b time_dim
             time = time + torch.where(mask.any(dim=1, keepdim=True), pooled, torch.zeros_like(pooled))
-        mask = torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)  # b n
-        return DecoderContext(self.unet.project_context(tokens), time, mask, self.draw_sketch(time), known=known)
+        return time, tokens, torch.cat([mask, mask.new_ones(len(text), self.z_i_tokens)], dim=1)
 
     def draw_sketch(self, time: Tensor) -> Tensor | None:
         return None if self.sketch is None else self.sketch(time)
@@ -234,12 +246,13 @@ class Decoder(ModelMixin, ConfigMixin):
         """
         if (context is None) == (not conditions):
             raise ValueError("the decoder takes either a context or conditions (z_i=…, text=…): give one of the two")
-        if context is None:
-            context = self.encode_context(**conditions)
         if x_t is None or t is None:
             if not return_sketch:
                 raise ValueError("the decoder has no x_t or t, and no sketch is asked for: give both, or return_sketch")
-            return None, context.sketch
+            # the keys and values of a context cost more than the sketch
+            return None, self.draw_sketch(self.read(**conditions)[0]) if context is None else context.sketch
+        if context is None:
+            context = self.encode_context(**conditions)
         check_picture("x_t", x_t, self.channels, self.unet.multiple)
         if context.sketch is not None:
             x_t = torch.cat([x_t, F.interpolate(context.sketch, x_t.shape[2:], mode="bilinear").to(x_t.dtype)], dim=1)
