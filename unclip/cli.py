@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from unclip import __version__, cli_latents
 from unclip.convert.commands import convert
+from unclip.core.memory import keep_memory
 from unclip.evals.commands import evals
 from unclip.options import (
     Bars,
@@ -269,6 +270,7 @@ def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command line and exits: 0, or after one sentence 2 for bad input, 1 out of memory, 130 by Ctrl-C."""
     warnings.showwarning = _warn
+    keep_memory()
     app(arguments)
 
 
