@@ -303,8 +303,8 @@ def test_what_is_remembered_is_what_was_computed(corpus: Path):
 
 
 def test_recipes_fit_their_config(request):
-    for recipe in ("emoji/clip.yaml", "emoji/clip_near.yaml", "emoji/clip_bpe.yaml", "paper/clip.yaml"):
-        config = parse(CLIPConfig, ["--config", str(Path(request.config.rootpath) / "recipes" / recipe)])
+    for recipe in ("emoji/clip", "emoji/clip_near", "emoji/clip_backgrounds", "emoji/clip_bpe", "paper/clip"):
+        config = parse(CLIPConfig, ["--config", str(Path(request.config.rootpath) / "recipes" / f"{recipe}.yaml")])
         assert isinstance(config.model, CLIPArguments)
         assert isinstance(config.data, DataConfig)
 
