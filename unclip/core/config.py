@@ -7,8 +7,6 @@ from typing import Literal, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from unclip.core.memory import keep_memory
-
 Config = TypeVar("Config")
 
 
@@ -69,7 +67,6 @@ def underscored(word: str) -> str:
 def main(config_class: type[Config], run: Callable[[Config], object], args: Sequence[str] | None = None) -> None:
     """A stage's command: parses, runs, and says in one sentence what was wrong with the input."""
     config = parse(config_class, args)
-    keep_memory()
     try:
         run(config)
     except KeyboardInterrupt as interrupt:
