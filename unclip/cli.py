@@ -41,6 +41,7 @@ class Commands(TyperGroup):
     """Bad input is one sentence and status 2, want of memory status 1, Ctrl-C status 130, none of them a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Runs the command of `ctx`; raises typer.Exit with the status in place of what the class names."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -79,6 +80,7 @@ LONGEST_WARNING = 400
 
 
 def print_version(asked: bool) -> None:
+    """Prints the version and raises typer.Exit, where it was asked for."""
     if asked:
         typer.echo(f"unclip {__version__}")
         raise typer.Exit()
