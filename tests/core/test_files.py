@@ -40,6 +40,16 @@ def test_a_folder_that_someone_called_old_stays(tmp_path: Path):
         "model", "model.old", "model.old/mine", "model/new"]  # fmt: skip
 
 
+def test_what_a_process_killed_amid_replacing_left_goes_with_the_next(tmp_path: Path):
+    for name in (".model.123.old", ".model.mine.old"):
+        (tmp_path / name).mkdir()
+    for _ in range(2):  # where no folder has the name, and where one has
+        with whole_folder(tmp_path / "model") as partial:
+            (partial / "new").write_text("")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".model.mine.old", "model"]
+        (tmp_path / ".model.123.old").mkdir()
+
+
 def test_only_what_is_marked_may_be_replaced(tmp_path: Path):
     for name in ("empty", "marked", "foreign"):
         (tmp_path / name).mkdir()

@@ -36,14 +36,14 @@ class Pictures(Dataset):
 
 class Affine(ModelMixin, ConfigMixin):
     @register_to_config
-    def __init__(self, width: int = 48):
+    def __init__(self, width: int = 48, dropout: float = 0.0):
         super().__init__()
-        self.layer = nn.Linear(width, width)
+        self.layer, self.drop = nn.Linear(width, width), nn.Dropout(dropout)
         nn.init.eye_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        return self.drop(self.layer(x))
 
 
 def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,7 +68,8 @@ def losses(out: Path, name: str = "loss") -> list[float]:
 
 
 def test_resuming_gives_the_uninterrupted_run(tmp_path):
-    whole = train(config_of(tmp_path / "whole", ema=0.5), Affine(), loss_fn, Pictures())
+    """Dropout, too, whose randomness is torch's own."""
+    whole = train(config_of(tmp_path / "whole", ema=0.5), Affine(dropout=0.5), loss_fn, Pictures())
 
     def stopping(model, batch):
         if batch["draws"].step == 2:
@@ -77,9 +78,9 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path):
 
     config = config_of(tmp_path / "parts", ema=0.5)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 3 of 6; go on with --resume"):
-        train(config, Affine(), stopping, Pictures())
+        train(config, Affine(dropout=0.5), stopping, Pictures())
     assert [p.name for p in checkpoint.states(tmp_path / "parts")] == ["step-00000003"]
-    parts = train(replace(config, resume=True), Affine(), loss_fn, Pictures())
+    parts = train(replace(config, resume=True), Affine(dropout=0.5), loss_fn, Pictures())
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(parts)[name])
@@ -236,6 +237,9 @@ def test_a_background_of_validation_alone_is_refused(tiny_corpus):
         ({"steps": 0}, r"train\.steps is 0"),
         ({"log_every": 0}, r"train\.log_every is 0"),
         ({"keep": 0}, r"train\.keep is 0"),
+        ({"clip_grad": 0.0}, r"train\.clip_grad is 0"),
+        ({"clip_grad": -1.0}, r"train\.clip_grad is -1"),
+        ({"ema": 1.0}, r"train\.ema is 1"),
         ({"resume": True}, "no training state under"),
     ],
 )
@@ -280,7 +284,7 @@ def test_what_a_killed_run_leaves_is_no_state_and_goes(tmp_path):
     config = config_of(tmp_path)
     train(config, Affine(), loss_fn, Pictures())
     (whole,) = checkpoint.states(tmp_path)
-    for name in ("step-00000006.old", "step-00000009.partial", "step-00000009.old"):
+    for name in (".step-00000006.1.old", "step-00000009.partial", ".step-00000009.1.old"):
         shutil.copytree(whole, whole.with_name(name))
     (whole.parent / "step-00000006-best").mkdir()
     (whole.parent / "step-00000006.tar").touch()

@@ -112,7 +112,8 @@ def save_state(accelerator: Accelerator, model: nn.Module, ema: EMAModel, step: 
         replace_folder(partial, final)
         kept = states(out)[-keep:]
         for path in final.parent.iterdir():
-            if re.fullmatch(r"step-\d+(\.partial|\.old)?", path.name) and path.is_dir() and path not in kept:
+            ours = re.fullmatch(r"step-\d+(\.partial)?|\.step-\d+\.\d+\.old", path.name)
+            if ours and path.is_dir() and path not in kept:
                 shutil.rmtree(path)
 
 

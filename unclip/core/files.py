@@ -5,6 +5,7 @@ And what does not load, in one sentence.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -15,17 +16,18 @@ from typing import Any
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Gives the folder `partial` the name `final`; a folder that had this name goes only once the new one is whole."""
-    if not final.exists():
-        partial.rename(final)
-        return
-    old = final.with_name(f".{final.name}.{os.getpid()}.old")  # a name that nobody gives a folder of their own
-    final.rename(old)
+    """Gives the folder `partial` the name `final`; a folder that had this name goes only once the new one is whole.
+
+    With it goes what a process that was killed amid this left of earlier ones.
+    """
+    if final.exists():
+        final.rename(final.with_name(f".{final.name}.{os.getpid()}.old"))  # a name that nobody gives their own folder
     partial.rename(final)
-    if old.is_symlink():
-        old.unlink()  # what it leads to is not ours
-    else:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in final.parent.glob(f".{glob.escape(final.name)}.[0-9]*.old"):
+        if old.is_symlink():
+            old.unlink()  # what it leads to is not ours
+        else:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def check_replaceable(folder: Path, mark: str) -> None:
@@ -86,6 +88,19 @@ def write_json(value: Any, path: Path) -> None:
     """Readable JSON, UTF-8, ending in a newline."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text, without the byte order mark that it may begin with. Raises ValueError where it is no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8.") from error
+
+
+def read_lines(path: Path) -> list[str]:
+    """What stands on the lines of a UTF-8 text, stripped, empty lines left out. Raises what `read_text` does."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 @contextmanager

@@ -114,6 +114,10 @@ def check(config: TrainConfig, model: nn.Module | None = None) -> None:
     for name in ("steps", "batch_size", "accumulation", "log_every", "validate_every", "save_every", "keep"):
         if getattr(config, name) < 1:
             raise ValueError(f"train.{name} is {getattr(config, name)}: it must be at least 1.")
+    if not config.clip_grad > 0:
+        raise ValueError(f"train.clip_grad is {config.clip_grad}: it must be above 0, and .inf clips nothing.")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"train.ema is {config.ema}: it must be at least 0 and below 1.")
     if config.batch_size % (world * config.accumulation):
         raise ValueError(
             f"batch_size {config.batch_size} cannot be split over {world} processes with {config.accumulation} "
@@ -248,7 +252,9 @@ class _Run:
         """Every micro-batch of this process, from the first step to come, with its draws."""
         config, device = self.config, self.accelerator.device
         sampler = _Steps(config, self.length, self.start, self.rank, self.world)
-        loader = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=config.workers))  # pyright: ignore
+        # its seed comes from a generator of its own: torch's is dropout's, and a resumed run is given the state of that
+        own: Any = {"batch_sampler": sampler, "collate_fn": collate, "generator": torch.Generator()}
+        loader = iter(DataLoader(dataset, num_workers=config.workers, **own))
         for step in range(self.start, config.steps):
             rows = [i for i, _ in rows_of(step, config, self.length, self.rank, self.world)]
             micro = len(rows) // config.accumulation
@@ -305,17 +311,17 @@ class _Run:
 
     def validate(self, done: int, loss_fn: LossFn, dataset: Dataset, sample_fn: SampleFn | None) -> None:
         """Loss on fixed samples with fixed draws, and pictures where the stage makes them, of the averaged weights."""
+        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
         with averaged(self.model, self.ema):
             self.scalars(validation_loss(self.model, loss_fn, dataset, self.config, self.accelerator.device), done)
-            if sample_fn is not None and self.accelerator.is_main_process:
+            if sample_fn is not None and takers and self.accelerator.is_main_process:
                 batch = fixed_batch(dataset, range(min(16, len(dataset))), self.config.seed, self.accelerator.device)  # pyright: ignore
                 with torch.no_grad():
                     pictures = sample_fn(self.model, batch)
                 array = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                for tracker in self.accelerator.trackers:
-                    if hasattr(tracker, "log_images"):
-                        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                        tracker.log_images({"samples": array}, step=done, **options)  # pyright: ignore[reportAttributeAccessIssue]
+                for tracker in takers:
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": array}, step=done, **options)  # pyright: ignore[reportAttributeAccessIssue]
         self.accelerator.wait_for_everyone()
         self.since = time.perf_counter()
 
