@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from unclip import __version__, cli_latents
 from unclip.convert.commands import convert
+from unclip.core.files import read_lines
 from unclip.core.memory import keep_memory
 from unclip.evals.commands import evals
 from unclip.options import (
@@ -150,11 +151,7 @@ def read_prompts(prompts: list[str], from_file: Path | None) -> list[str]:
     if from_file is not None:
         if not from_file.is_file():
             raise FileNotFoundError(f"--from-file {from_file} is no file; give a text file with a prompt on each line.")
-        try:
-            lines = from_file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--from-file {from_file} is not UTF-8 text; give a prompt on each line.") from error
-        prompts = [*prompts, *(line.strip() for line in lines if line.strip())]
+        prompts = [*prompts, *read_lines(from_file)]
     if not prompts:
         raise ValueError("no prompt came; say what to draw, or name a file of prompts by --from-file.")
     if not all(prompt.strip() for prompt in prompts):

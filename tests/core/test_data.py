@@ -80,7 +80,7 @@ def test_items_are_what_was_written_in_order(corpus: Path):
 
 def test_restrictions(corpus: Path, tmp_path: Path):
     listed = tmp_path / "concepts.txt"
-    listed.write_text("c0\nc2\n\n")
+    listed.write_text("c0\nc2\n\n", encoding="utf-8-sig")  # the mark that some editors put first is no text
 
     def keys(**kwargs):
         return [row[1] for row in ShardDataset(DataConfig(str(corpus), **kwargs)).rows]
@@ -188,6 +188,10 @@ def test_embeddings_are_read(corpus: Path):
     write_shard(corpus / "test-00000.tar", {"k1": {**sample(1), "z_i.npy": file.getvalue()}})
     data = ShardDataset(DataConfig(str(corpus), split="test"))
     assert torch.equal(collate([data[0], data[0]])["z_i"], torch.arange(3.0).expand(2, 3))
+    lacking = {name: value for name, value in data[0].items() if name != "z_i"}
+    for items in ([data[0], lacking], [lacking, data[0]]):
+        with pytest.raises(ValueError, match=r"1 of a batch's 2 samples have a z_i\.npy"):
+            collate(items)
 
 
 def test_collate_mixes_alpha_and_refuses_sizes():

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unclip.core.files import whole_file
+from unclip.core.files import read_lines, whole_file
 
 PICTURES = ("webp", "png", "jpg", "jpeg")
 MAX_PIXELS = 128 * 1024 * 1024
@@ -331,8 +331,7 @@ def _wanted(config: DataConfig) -> dict[str, set[str]]:
     if config.concepts is not None:
         if not Path(config.concepts).is_file():
             raise FileNotFoundError(f"There is no list of concepts {config.concepts}.")
-        lines = Path(config.concepts).read_text(encoding="utf-8").splitlines()
-        wanted["concept"] = {line.strip() for line in lines} - {""}
+        wanted["concept"] = set(read_lines(Path(config.concepts)))
     return wanted
 
 
@@ -361,7 +360,7 @@ def _read_meta(file: Any, shard: Path, key: str, parts: dict[str, tuple[int, int
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Join items: `image` (b, 3 or 4, h, w) and `z_i` (b, d) stacked, all else in lists.
 
-    Pictures without alpha get an opaque one where others have one. Raises ValueError if sizes differ.
+    Pictures without alpha get an opaque one where others have one. Raises ValueError if sizes differ, or some lack z_i.
     """
     images = [item["image"] for item in items]
     if len(sizes := {tuple(image.shape[-2:]) for image in images}) > 1:
@@ -370,8 +369,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         images = [i if i.shape[0] == 4 else torch.cat([i, torch.full_like(i[:1], 255)]) for i in images]
     batch: dict[str, Any] = {name: [item[name] for item in items] for name in items[0] if name not in ("image", "z_i")}
     batch["image"] = torch.stack(images)
-    if "z_i" in items[0]:
-        batch["z_i"] = torch.stack([item["z_i"] for item in items])
+    if stored := [item["z_i"] for item in items if "z_i" in item]:
+        if len(stored) < len(items):
+            raise ValueError(f"{len(stored)} of a batch's {len(items)} samples have a z_i.npy: give it to all or none.")
+        batch["z_i"] = torch.stack(stored)
     return batch
 
 

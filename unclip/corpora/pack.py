@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.core.data import fit, load_image
-from unclip.core.files import write_json
+from unclip.core.files import read_text, write_json
 from unclip.corpora.shards import ShardWriter, encode_webp, new_folder
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _rows(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     if not table.is_file():
         return [(p, {}) for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
     rows = []
-    for number, line in enumerate(_read(table).split("\n"), 1):
+    for number, line in enumerate(read_text(table).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -108,19 +108,11 @@ def _rows(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     return rows
 
 
-def _read(file: Path) -> str:
-    """A text file, which may begin with a byte order mark; ValueError if it is not UTF-8."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8.") from None
-
-
 def _captions(file: Path, meta: dict[str, Any]) -> list[str]:
     """Captions of one picture, stripped; ValueError if there is none, or what is no text."""
     raw: Any = meta.get("captions") or meta.get("caption") or meta.get("text")
     if raw is None and not meta and file.with_suffix(".txt").is_file():
-        raw = _read(file.with_suffix(".txt")).splitlines()
+        raw = read_text(file.with_suffix(".txt")).splitlines()
     given = [raw] if isinstance(raw, str) else raw or []
     if not isinstance(given, list) or not all(isinstance(c, str) for c in given):
         raise ValueError(f"{file} has the captions {raw!r}: expected a text, or a list of texts.")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unclip.arguments import dtype_name
 from unclip.core.data import to_pixels
-from unclip.core.files import write_json
+from unclip.core.files import read_lines, write_json
 from unclip.evals.corpus import Corpus, Drawing, by_digest, load_corpus, to_bytes
 from unclip.evals.features import JUDGE, Featurize, Judge, cached_features, check_pictures
 from unclip.evals.sheets import check_suffix, contact_sheet, nearest, save_sheet, to_images
@@ -243,7 +243,7 @@ def trained_concepts(folder: str | Path) -> set[str] | None:
     path = Path(folder) / "concepts.txt"
     if not path.is_file():
         return None
-    return {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+    return set(read_lines(path))
 
 
 def dtype_of(pipe: UnCLIP) -> str:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unclip.core.data import pil_from_pixels
-from unclip.core.files import whole_file
+from unclip.core.files import read_lines, whole_file
 from unclip.pictures import flattened
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def read_captions(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no list of captions {path}; give a text file with a caption a line.")
-    captions = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    captions = read_lines(path)
     if not captions:
         raise ValueError(f"{path} holds no caption; give a text file with a caption a line.")
     return captions
