@@ -1,8 +1,9 @@
 """The decoder's loss (§2.1); `python -m decoder.train --config recipes/emoji/decoder.yaml` trains it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
 from unclip.core.checkpoint import start_from
-from unclip.core.config import TrainConfig, main
+from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, PredictionType, Weighting, make_scheduler
 from unclip.core.masks import known_channels, random_masks
@@ -48,13 +49,23 @@ class DecoderConfig:
 
 
 @torch.no_grad()
-def encode(
-    clip: RememberedCLIP, batch: Batch, x0: Tensor, captions: list[str], background: float = 0.0
+def hear(
+    clip: RememberedCLIP, captions: list[str], model: Mapping[str, Any], drop_text: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The decoder's conditions for the pictures x0 (b, 3, h, w) of a batch, and their captions."""
-    text = clip.encode_text(captions)
-    z_i = picture_embeddings(clip, batch, x0, background)
-    return {"z_i": z_i, "text": text.states.float(), "text_mask": text.mask}
+    """What a decoder of this config takes of b captions; of those that drop_text (b,) chooses, as without text.
+
+    A decoder that takes z_t is given the empty prompt for none, as in sampling.
+    """
+    if model.get("text_width") is None:
+        return {}
+    takes_z_t = model.get("z_t_width") is not None
+    if takes_z_t and drop_text is not None:
+        captions = ["" if dropped else caption for caption, dropped in zip(captions, drop_text.tolist(), strict=True)]
+    z_t, states, mask = clip.encode_text(captions)
+    heard = {"text": states.float(), "text_mask": mask}
+    if takes_z_t:
+        return {**heard, "z_t": z_t.float()}
+    return heard if drop_text is None else {**heard, "drop_text": drop_text}
 
 
 def embedding_spread(clip: RememberedCLIP, dataset: ShardDataset, config: DecoderConfig) -> Tensor:
@@ -157,16 +168,16 @@ def decoder_loss(
         if captions_of is not None:
             batch = swap_captions(batch, captions_of, draws, config.swap_captions)
         x0, captions = draw_pictures_and_captions(batch, draws, config.data.background)
-        conditions = encode(clip, batch, x0, captions, config.data.background)
+        conditions = {"z_i": picture_embeddings(clip, batch, x0, config.data.background)}
         if spread is not None:
             conditions["z_i"] = blur_z_i(conditions["z_i"], spread, draws, config.z_i_noise)
         if config.sketch_alone:
-            conditions |= draw_drops(draws, config)
+            conditions |= draw_caption(clip, captions, draws, config)
             loss = sketch_error(model(None, None, return_sketch=True, **conditions)[1], x0)
             return loss, {"sketch": loss.detach()}
         t = draw_timesteps(draws, diffusion.num_train_timesteps, config.noisy_share, config.noisy_from)
         noise, shown = draws.normal(*x0.shape[1:]), x0
-        conditions |= draw_drops(draws, config)
+        conditions |= draw_caption(clip, captions, draws, config)
         if inpaints:
             conditions["known"] = known_channels(x0, random_masks(draws, *x0.shape[2:]))
         if config.own_share:
@@ -185,9 +196,10 @@ def decoder_loss(
     return loss_fn
 
 
-def draw_drops(draws: Draws, config: DecoderConfig) -> dict[str, Tensor]:
-    """Which samples go without z_i and which without text, (b,) bool each."""
-    return {"drop_z_i": draws.uniform() < config.drop_z_i, "drop_text": draws.uniform() < config.drop_text}
+def draw_caption(clip: RememberedCLIP, captions: list[str], draws: Draws, config: DecoderConfig) -> dict[str, Tensor]:
+    """The captions as the decoder hears them, for some samples not at all; and which go without z_i, (b,) bool."""
+    drop_z_i, drop_text = draws.uniform() < config.drop_z_i, draws.uniform() < config.drop_text
+    return {"drop_z_i": drop_z_i, **hear(clip, captions, config.model, drop_text)}
 
 
 def freeze_all_but_sketch(model: Decoder) -> None:
@@ -218,10 +230,11 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
     def sample_fn(model: nn.Module, batch: Batch) -> Tensor:
         """Pictures (b, 3, h, w) in [−1, 1], one for each of the batch's."""
         x0, captions = draw_pictures_and_captions(batch, batch["draws"], 0.0)
-        conditions = encode(clip, batch, x0, captions)
-        dropped = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
-        context = model.encode_context(**conditions)  # pyright: ignore[reportCallIssue]
-        null = model.encode_context(**conditions, drop_z_i=dropped, drop_text=dropped)  # pyright: ignore[reportCallIssue]
+        net, z_i = cast(Decoder, model), picture_embeddings(clip, batch, x0, 0.0)
+        dropped = torch.arange(2 * len(x0), device=x0.device) >= len(x0)  # encoded together, both are of as many tokens
+        both = {"drop_z_i": dropped, **hear(clip, captions * 2, net.config, dropped)}
+        halves = (slice(len(x0)), slice(len(x0), None))
+        context, null = (net.encode_context(z_i, **{k: v[half] for k, v in both.items()}) for half in halves)
         generators = picture_generators(range(len(x0)), "decoder")
         x_T = starting_noise(x0.shape[1:], generators, x0.device)
         denoise = guided(model, context, null, guidance_scale)
@@ -232,9 +245,7 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 
 def check_shares(config: DecoderConfig) -> None:
     """Raises ValueError unless what is dropped, swapped, blurred and noisy can be."""
-    for name in ("drop_z_i", "drop_text", "swap_captions", "noisy_share", "own_share"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; expected a part of the samples, 0 to 1.")
+    check_parts(config, "drop_z_i", "drop_text", "swap_captions", "noisy_share", "own_share")
     if config.z_i_noise < 0:
         raise ValueError(f"z_i_noise is {config.z_i_noise}; expected deviations of the embeddings, 0 or more.")
     if not 0 <= config.noisy_from <= 999:
@@ -268,6 +279,10 @@ def run(config: DecoderConfig) -> Path:
     save_scheduler(config.train, model, scheduler)
     spread = embedding_spread(clip, dataset, config) if config.z_i_noise else None
     captions_of = captions_by_concept(dataset) if config.swap_captions else None
+    if captions_of == {}:
+        raise ValueError(
+            f"swap_captions goes by concepts, and no sample of {config.data.path} names one: leave it out."
+        )
     loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device), spread, captions_of)
     sample_fn = None if config.sketch_alone else decoder_samples(clip, scheduler)
     return train(config.train, model, loss_fn, dataset, validation, sample_fn)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from prior.autoregressive_prior import AutoregressivePrior
 from prior.diffusion_prior import DiffusionPrior, best_of
-from unclip.clip.evaluate import concepts_of
+from unclip.clip.evaluate import concepts_of, embed_pictures
 from unclip.clip.model import CLIP
-from unclip.core.data import ShardDataset, to_pixels
+from unclip.core.data import ShardDataset
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 
 
@@ -51,12 +51,7 @@ def draw_embeddings(
 @torch.no_grad()
 def true_embeddings(clip: CLIP, dataset: ShardDataset) -> tuple[Tensor, list[str]]:
     """z_i (n, d), float32 of unit norm, of the pictures of `dataset` on white, and their first captions."""
-    z_i = []
-    for first in range(0, len(dataset), 128):
-        rows = range(first, min(first + 128, len(dataset)))
-        pixels = torch.cat([to_pixels(dataset[i]["image"][None]) for i in rows]).to(clip.device)
-        z_i.append(F.normalize(clip.encode_image(pixels).float(), dim=-1))
-    return torch.cat(z_i), [meta["captions"][0] for meta in dataset.meta]
+    return embed_pictures(clip, dataset), [meta["captions"][0] for meta in dataset.meta]
 
 
 def evaluate(

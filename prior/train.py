@@ -19,7 +19,7 @@ from unclip.clip.evaluate import concepts_of
 from unclip.clip.model import CLIP
 from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
 from unclip.core.analytic import x0_variance
-from unclip.core.config import TrainConfig, main
+from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, Weighting, make_scheduler
 from unclip.core.files import whole_folder, write_json
@@ -61,12 +61,15 @@ def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) 
         net: Any = getattr(model, "module", model)  # the statistics, under whatever wrapper
         with torch.no_grad():
             z_i = picture_embeddings(clip, batch, pixels, config.data.background)
-            z_t, text, mask = clip.encode_text(captions)
             x0 = net.standardize(z_i)
         t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(x0.shape[1])
         x_t = diffusion.add_noise(x0, noise, t)
-        drop = draws.uniform() < config.drop_text
+        drop: Tensor | None = draws.uniform() < config.drop_text
+        if not net.config["learned_null"]:  # the empty prompt is what stands for none, in sampling too
+            captions = ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist(), strict=True)]
+            drop = None
+        z_t, text, mask = clip.encode_text(captions)
         output = model(x_t, t, z_t=z_t.float(), text=text.float(), text_mask=mask, drop_text=drop)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma).mean()
         with torch.no_grad():
@@ -169,6 +172,7 @@ def estimate_variance(config: PriorConfig, clip: RememberedCLIP, dataset: ShardD
 
 def run(config: PriorConfig) -> Path:
     """Trains a prior, samples from it on the splits `evaluate`; returns the folder of the exported network."""
+    check_parts(config, "drop_text")
     dataset, validation = datasets_of(config.data, config.validation)
     splits = {split: ShardDataset(replace(config.data, split=split, background=0.0)) for split in config.evaluate}
     for split in splits.values():

@@ -116,6 +116,19 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def unnamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of four pictures whose concept nobody says."""
+    from unclip.corpora.shards import ShardWriter, encode_webp
+
+    folder = tmp_path_factory.mktemp("unnamed")
+    with ShardWriter(folder) as writer:
+        for i in range(4):
+            picture = encode_webp(Image.new("RGB", (16, 16)))
+            writer.add(str(i), picture, {"captions": [f"a square {i}"], "split": "train"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP's folder: z_i (12,), token states (n, 16), pictures of 32×32."""
     return write_clip(tmp_path_factory.mktemp("clip") / "model")

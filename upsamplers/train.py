@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.core.checkpoint import start_from
-from unclip.core.config import TrainConfig, main
+from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
 from unclip.core.diffusion import Diffusion, PredictionType, Weighting, make_scheduler
 from unclip.core.masks import known_channels, random_masks
@@ -110,8 +110,7 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
 
 def run(config: UpsamplerConfig) -> Path:
     """Trains an upsampler; returns the folder of the exported network."""
-    if not 0 <= config.degraded_share <= 1:
-        raise ValueError(f"degraded_share is {config.degraded_share}; expected a part of the samples, 0 to 1.")
+    check_parts(config, "degraded_share")
     dataset, validation = datasets_of(config.data, config.validation)
     torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)

@@ -31,7 +31,6 @@ from unclip.clip.train import (
 from unclip.core.config import TrainConfig, parse
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, collate
 from unclip.core.train import train
-from unclip.corpora.shards import ShardWriter, encode_webp
 
 TINY = CLIPArguments(
     dim=12,
@@ -203,12 +202,14 @@ def test_a_locked_text_tower_keeps_its_cosines_and_is_not_trained(corpus: Path, 
     torch.manual_seed(0)
     texts = [f"a {name} square" for name in COLOURS]
     clip = CLIP.build(replace(TINY, dim=32), texts)
+    clip.model.text_model.add_module("dropout", torch.nn.Dropout(0.5))  # as pretrained towers have it
     clip.model.text_projection.weight.data = torch.eye(32)
     pooled = clip.encode_text(texts).z_t
     lock_text(clip, texts)
     z_t = clip.encode_text(texts).z_t
     assert torch.allclose(z_t @ z_t.T, pooled @ pooled.T, atol=1e-5)
     assert (z_t[:, 0] ** 2).mean() > (z_t[:, 1:] ** 2).mean(0).max()  # principal directions, the first the largest
+    assert clip.model.text_model.dropout.p == 0
     before = {name: p.detach().clone() for name, p in clip.named_parameters()}
     lock_text(clip, None)  # as from a CLIP that was locked before: nothing is fitted anew
     assert all(torch.equal(p, before[name]) for name, p in clip.named_parameters())
@@ -242,6 +243,20 @@ def test_templates_without_a_place_are_refused_before_any_work(corpus: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ({"flip": 50.0}, "flip is 50.0; expected a part of the samples"),
+        ({"zoom": 1.0}, "zoom 1.0; expected parts of a picture's side, zoom below 1"),
+        ({"shift": -0.1}, "shift is -0.1 and"),
+    ],
+)
+def test_augmentation_out_of_range_is_refused(corpus: Path, tmp_path: Path, what: dict, says: str):
+    settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
+    with pytest.raises(ValueError, match=says):
+        run(CLIPConfig(TINY, settings, DataConfig(str(corpus)), **what))
+
+
 @pytest.mark.parametrize("what", [{"lock_text": True}, {"model": replace(TINY, text_layers=[0])}])
 def test_a_text_tower_from_nothing_is_neither_locked_nor_picked_from(corpus: Path, tmp_path: Path, what: dict):
     settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
@@ -249,16 +264,13 @@ def test_a_text_tower_from_nothing_is_neither_locked_nor_picked_from(corpus: Pat
         run(CLIPConfig(**{"model": TINY, "train": settings, "data": DataConfig(str(corpus)), **what}))
 
 
-def test_pictures_without_a_concept_are_trained_on_and_not_evaluated(tmp_path: Path):
-    (tmp_path / "unnamed").mkdir()
-    with ShardWriter(tmp_path / "unnamed") as writer:
-        for i in range(4):
-            picture = encode_webp(Image.new("RGB", (16, 16)))
-            writer.add(str(i), picture, {"captions": [f"a square {i}"], "split": "train"})
-    data = DataConfig(str(tmp_path / "unnamed"))
+def test_pictures_without_a_concept_are_trained_on_and_not_evaluated(unnamed: Path, tmp_path: Path):
+    data = DataConfig(str(unnamed))
     settings = TrainConfig(str(tmp_path / "out"), 1, 4, precision="no", tracker="none")
-    with pytest.raises(ValueError, match=r"4 of 4 samples of .*unnamed, train, name no concept"):
+    with pytest.raises(ValueError, match=r"4 of 4 samples of .*, train, name no concept, by which `evaluate` goes"):
         run(CLIPConfig(TINY, settings, data, evaluate=["train"]))
+    with pytest.raises(ValueError, match=r"name no concept, by which `same: concept` goes"):  # all would be the same
+        run(CLIPConfig(TINY, settings, data, same="concept"))
     assert not (tmp_path / "out").exists()
     assert run(CLIPConfig(TINY, settings, data)).is_dir()
 

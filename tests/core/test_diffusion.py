@@ -117,6 +117,10 @@ def test_loss_weights_agree_in_x0_space(kind, weighting):
     for prediction_type in PREDICTION_TYPES:
         d = diffusion(kind, prediction_type)
         x_t = d.add_noise(x0, noise, t)
+        if weighting == "snr_plus_one" and prediction_type == "epsilon":
+            with pytest.raises(ValueError, match="snr_plus_one has no bound for the prediction epsilon"):
+                d.loss_weight(t, weighting)
+            continue
         loss = d.loss(d.from_x0(x_t, wrong, t), x0, x_t, noise, t, weighting=weighting)
         snr = d.snr(t)
         factor = {"epsilon": snr, "sample": torch.ones_like(snr), "v_prediction": snr + 1}[prediction_type]

@@ -121,6 +121,11 @@ def test_swapped_captions_are_of_the_concept_and_evenly_drawn(tiny_corpus: Path,
     assert batch["captions"] == [["own"]] * 3001
 
 
+def test_captions_are_not_swapped_where_no_sample_names_a_concept(unnamed: Path, tiny_clip: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="swap_captions goes by concepts, and no sample"):
+        run(config_of(unnamed, tmp_path / "out", tiny_clip, swap_captions=0.5))
+
+
 def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP, rows, answering):
     config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, swap_captions=1.0)
     scheduler = make_scheduler(config.schedule, config.prediction, False)
@@ -187,7 +192,7 @@ def loss_of(config: DecoderConfig, clip: RememberedCLIP, spread: Tensor | None =
 
 def randomised(**changes) -> Decoder:
     torch.manual_seed(0)
-    decoder = Decoder(**MODEL, **changes)
+    decoder = Decoder(**{**MODEL, **changes})
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.1)
     return decoder
@@ -229,11 +234,13 @@ def test_dropped_z_i_has_no_gradient_at_all(tiny_corpus: Path, clip: RememberedC
         assert bool(z_i.grad.any(dim=1).all()) != dropped
 
 
-def test_dropped_text_changes_nothing(tiny_corpus: Path, clip: RememberedCLIP, rows):
+@pytest.mark.parametrize("z_t_width", [None, 12])
+def test_dropped_text_changes_nothing(tiny_corpus: Path, clip: RememberedCLIP, rows, z_t_width: int | None):
     others = {**rows, "captions": [["a word", "another"]] * 16}
     for probability, dropped in ((1.0, True), (0.0, False)):
-        loss_fn = loss_of(config_of(tiny_corpus, drop_z_i=0.0, drop_text=probability), clip)
-        losses = [loss_fn(randomised(), drawn(batch))[0].item() for batch in (rows, others)]
+        model = {"z_t_width": z_t_width}
+        loss_fn = loss_of(config_of(tiny_corpus, drop_z_i=0.0, drop_text=probability, model=model), clip)
+        losses = [loss_fn(randomised(**model), drawn(batch))[0].item() for batch in (rows, others)]
         assert (losses[0] == pytest.approx(losses[1], abs=1e-6)) == dropped
 
 
@@ -251,7 +258,15 @@ def test_conditions_are_dropped_as_often_as_asked_and_independently(
     assert (z_i * text).mean().item() == pytest.approx(0.05, abs=0.02)
 
 
-@pytest.mark.parametrize("changes", [{"prediction": "sample"}, {"prediction": "epsilon", "weighting": "min_snr"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prediction": "sample"},
+        {"prediction": "epsilon", "weighting": "min_snr"},
+        {"prediction": "sample", "model": {"text_width": None}},
+        {"prediction": "sample", "model": {"z_t_width": 12, "null_z_i": "zeros"}},
+    ],
+)
 def test_overfits_one_batch(tiny_corpus: Path, clip: RememberedCLIP, changes: dict):
     config = config_of(tiny_corpus, drop_z_i=0.0, drop_text=0.0, **changes)
     dataset = ShardDataset(config.data)
@@ -269,13 +284,14 @@ def test_overfits_one_batch(tiny_corpus: Path, clip: RememberedCLIP, changes: di
     assert losses[-1] < losses[0] / 3
 
 
-def test_samples_for_the_grid(tiny_corpus: Path, clip: RememberedCLIP, rows):
+@pytest.mark.parametrize("changes", [{}, {"text_width": None}, {"z_t_width": 12}])
+def test_samples_for_the_grid(tiny_corpus: Path, clip: RememberedCLIP, rows, changes: dict):
     sample_fn = decoder_samples(clip, make_scheduler("cosine", "v_prediction"), steps=3)
     with torch.no_grad():
-        pictures = sample_fn(randomised().eval(), drawn(rows))
+        pictures = sample_fn(randomised(**changes).eval(), drawn(rows))
         assert pictures.shape == (16, 3, 32, 32)
         assert pictures.abs().max() <= 1 + 1e-6
-        assert torch.equal(pictures, sample_fn(randomised().eval(), drawn(rows)))
+        assert torch.equal(pictures, sample_fn(randomised(**changes).eval(), drawn(rows)))
     assert not torch.allclose(pictures[0], pictures[8], atol=1e-2)
 
 

@@ -127,6 +127,24 @@ def test_text_is_dropped_as_often_as_asked(corpus: Path, clip: CLIP, tmp_path: P
         assert seen[0].float().mean().item() == pytest.approx(probability, abs=0.06)
 
 
+def test_where_no_token_is_learned_the_empty_prompt_stands_for_none(corpus: Path, clip: CLIP, tmp_path: Path):
+    dataset, seen = ShardDataset(DataConfig(str(corpus))), []
+    batch = {**collate([dataset[i] for i in range(8)]), "draws": Draws(0, 0, range(8))}
+
+    class Net(DiffusionPrior):
+        def forward(self, x_t, t, context=None, **conditions):
+            seen.append(conditions)
+            return super().forward(x_t, t, **conditions)
+
+    diffusion = Diffusion.from_scheduler(make_scheduler("cosine", "sample", clip_sample=False))
+    loss_fn = prior_loss(config_of(corpus, tmp_path, drop_text=1.0), RememberedCLIP(clip), diffusion)
+    assert loss_fn(Net(12, 32, 20, 32, 1, 2, learned_null=False), batch)[0].isfinite()
+    assert seen[0]["drop_text"] is None
+    assert torch.allclose(seen[0]["z_t"], clip.encode_text([""]).z_t.expand(8, -1), atol=1e-6)
+    with pytest.raises(ValueError, match="drop_text is 10; expected a part of the samples"):
+        run(config_of(corpus, tmp_path, drop_text=10))
+
+
 def test_a_split_to_evaluate_that_is_not_there_is_refused_before_any_work(corpus: Path, clip: CLIP, tmp_path: Path):
     clip.save_pretrained(tmp_path / "clip")
     config = config_of(corpus, tmp_path / "out", str(tmp_path / "clip"), steps=1, evaluate=["train", "nowhere"])

@@ -9,15 +9,25 @@ from unclip.clip.model import CLIP
 from unclip.core.data import ShardDataset, to_pixels
 
 
-def concepts_of(dataset: ShardDataset) -> list[str]:
-    """What each picture shows. Raises ValueError where a sample does not say."""
+def concepts_of(dataset: ShardDataset, use: str = "evaluate") -> list[str]:
+    """What each picture shows. use: the setting that asks. Raises ValueError where a sample does not say."""
     concepts = [meta.get("concept", "") for meta in dataset.meta]
     if unnamed := concepts.count(""):
         raise ValueError(
             f"{unnamed} of {len(concepts)} samples of {dataset.config.path}, {dataset.config.split}, name no concept, "
-            "which these figures are of: pack pictures with a concept each, or leave their evaluation out."
+            f"by which `{use}` goes: pack pictures with a concept each, or leave it out."
         )
     return concepts
+
+
+@torch.no_grad()
+def embed_pictures(clip: CLIP, dataset: ShardDataset, normalize: bool = True) -> Tensor:
+    """z_i (n, d), float32, of the pictures of `dataset` on white; of unit norm unless `normalize` is false."""
+    z_i = []
+    for rows in _chunks(len(dataset), 128):
+        pixels = torch.cat([to_pixels(dataset[i]["image"][None]) for i in rows])
+        z_i.append(clip.encode_image(pixels.to(clip.device), normalize).float())
+    return torch.cat(z_i)
 
 
 @torch.no_grad()
@@ -38,16 +48,10 @@ def evaluate(
         raise ValueError(f"{len(missing)} concepts, such as {missing[0]!r}, are no label; add them to the labels.")
     was_training = clip.training
     clip.eval()
-    device = clip.mean.device
-    z_i = torch.cat(
-        [
-            clip.encode_image(torch.cat([to_pixels(dataset[i]["image"][None]) for i in rows]).to(device))
-            for rows in _chunks(len(dataset), 128)
-        ]
-    )
+    z_i = embed_pictures(clip, dataset)
     texts = [meta["captions"][0] for meta in dataset.meta]
     z_t = torch.cat([clip.encode_text([texts[i] for i in rows]).z_t for rows in _chunks(len(texts), 128)])
-    truth = torch.tensor([index[concept] for concept in concepts], device=device)
+    truth = torch.tensor([index[concept] for concept in concepts], device=clip.device)
     best = (z_i @ clip.label_embeddings(labels, templates).T).topk(min(5, len(labels))).indices
     hit = best == truth[:, None]
     clip.train(was_training)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from unclip.clip.evaluate import concepts_of, evaluate
 from unclip.clip.model import CLIP, CLIPArguments
-from unclip.core.config import TrainConfig, main
+from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import COLOURS, DataConfig, Draws, ShardDataset, draw_pictures_and_captions
 from unclip.core.files import write_json
 from unclip.core.train import Batch, LossFn, datasets_of, processes, train
@@ -130,6 +130,9 @@ def lock_text(clip: CLIP, texts: Sequence[str] | None) -> None:
     Raises ValueError where z_t is wider than the states.
     """
     clip.model.text_model.requires_grad_(False)
+    for module in clip.model.text_model.modules():  # what is not trained gains nothing by dropout, and z_t would waver
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     projection = clip.model.text_projection.requires_grad_(False)
     if texts is None:
         return
@@ -178,7 +181,14 @@ def run(config: CLIPConfig) -> Path:
         )
     if any("{}" not in template for template in config.templates):
         raise ValueError(f"templates are {config.templates}, expected '{{}}' in each, where the concept goes.")
+    check_parts(config, "flip")
+    if not (0 <= config.shift <= 1 and 0 <= config.zoom < 1):
+        raise ValueError(
+            f"shift is {config.shift} and zoom {config.zoom}; expected parts of a picture's side, zoom below 1."
+        )
     dataset, validation = datasets_of(config.data, config.validation)
+    if config.same == "concept":
+        concepts_of(dataset, "same: concept")
     splits = {
         split: ShardDataset(DataConfig(config.data.path, split, config.data.groups, None, config.data.styles))
         for split in config.evaluate

@@ -64,6 +64,13 @@ def underscored(word: str) -> str:
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
+def check_parts(config: object, *names: str) -> None:
+    """Raises ValueError unless each of these fields of a stage's config is a part of the samples, 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; expected a part of the samples, 0 to 1.")
+
+
 def main(config_class: type[Config], run: Callable[[Config], object], args: Sequence[str] | None = None) -> None:
     """A stage's command: parses, runs, and says in one sentence what was wrong with the input."""
     config = parse(config_class, args)

@@ -203,12 +203,14 @@ class Diffusion:
         In x0 space, "min_snr" (Hang et al. 2023) is min(SNR, γ), which leaves what is almost all noise almost out;
         "snr_plus_one" (Salimans & Ho 2022) is min(SNR + 1, γ). An error in x0 is √SNR times as large in ε and
         √(SNR + 1) times in v: said of ε, "snr_plus_one" would weigh the noisiest steps without bound. Raises ValueError
-        for another name.
+        for that, and for another name.
         """
         if weighting == "none":
             return torch.ones(t.shape, device=t.device)
         if weighting not in get_args(Weighting):
             raise ValueError(f"weighting {weighting!r} is unknown, expected one of {', '.join(get_args(Weighting))}")
+        if weighting == "snr_plus_one" and self.prediction_type == "epsilon":
+            raise ValueError("weighting snr_plus_one has no bound for the prediction epsilon: take sample, or min_snr.")
         snr = self.snr(t)
         weight = (snr + (weighting == "snr_plus_one")).clamp(max=gamma)
         if self.prediction_type == "epsilon":
