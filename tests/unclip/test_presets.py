@@ -18,6 +18,20 @@ def test_presets_round_trip_and_refuse_what_they_do_not_know() -> None:
         read_presets({"fast": {"decoder": {"speed": 1}}})
 
 
+@pytest.mark.parametrize(
+    ("stage", "values", "says"),
+    [
+        ("decoder", {"draws": 4}, "gives decoder the setting 'draws', which has no effect"),
+        ("upsampler_256", {"guidance_scale": 3.0}, "gives upsampler_256 the setting 'guidance_scale'"),
+        ("upsampler_1024", {"guidance_interval": [100, 900]}, "gives upsampler_1024 the setting 'guidance_interval'"),
+        ("decoder", {"eta": 1.0}, r"gives decoder eta 1.0 and the solver 'dpm\+\+'; eta is ddim's"),
+    ],
+)
+def test_what_a_stage_has_no_use_for_is_refused(stage: str, values: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        read_presets({"mine": {stage: values}})
+
+
 def test_a_default_may_be_none_of_a_model_s() -> None:
     presets = read_presets({"paper": None, "mine": {}})
     assert set(presets) == {"fast", "default", "mine"}
