@@ -11,7 +11,8 @@ import torch
 
 from prior.pca import PCA
 from unclip.arguments import DTypeName, choose_dtype
-from unclip.core.data import DataConfig, ShardDataset, to_pixels
+from unclip.clip.evaluate import embed_pictures
+from unclip.core.data import DataConfig, ShardDataset
 from unclip.folder import add_component, find_model, load_component
 from unclip.pipeline import UnCLIP
 
@@ -97,8 +98,7 @@ def fit_basis(
     folder, _ = find_model(model)
     dataset = ShardDataset(DataConfig(str(corpus), split, limit=limit))
     pipe = UnCLIP.from_pretrained(folder, device=device)
-    z_i = [pipe.encode_image(to_pixels(dataset[i]["image"][None])) for i in range(len(dataset))]
-    return add_component(folder, "pca", PCA.fit(torch.cat(z_i)))
+    return add_component(folder, "pca", PCA.fit(embed_pictures(pipe.clip, dataset, pipe.unit_norm)))
 
 
 def _check_range(name: str, network: torch.nn.Module, dtype: torch.dtype) -> None:

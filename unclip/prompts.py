@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unclip.arguments import Callback, check_prompts
+from unclip.arguments import MAX_PICTURES, Callback, check_prompts
 from unclip.clip.model import CLIP, NO_IMAGE_TOWER, TextFeatures
 from unclip.core.sampling import Seed
 from unclip.latents import slerp, weighted_mean
@@ -158,12 +158,19 @@ def best_rows(z_i: Tensor, z_t: Tensor, best_of: int) -> list[int]:
     return [i * best_of + best for i, best in enumerate(scores.argmax(1).tolist())]
 
 
-def check_best_of(best_of: int, prompts: Sequence[str] | None, clip: CLIP) -> int:
-    """best_of itself. Raises TypeError or ValueError where it is no count, or there is nothing to rank by."""
+def check_best_of(best_of: int, prompts: Sequence[str] | None, clip: CLIP, num_images: int = 1) -> int:
+    """best_of itself. Raises TypeError or ValueError where it is no count, or there is nothing to rank by.
+
+    num_images: how many of so many drawings each are asked for.
+    """
     if isinstance(best_of, bool) or not isinstance(best_of, int):
         raise TypeError(f"best_of is {best_of!r}; give a whole number.")
     if not 1 <= best_of <= MAX_BEST_OF:
         raise ValueError(f"best_of is {best_of}; draw 1 to {MAX_BEST_OF} pictures for each that is kept.")
+    if best_of * num_images > MAX_PICTURES:
+        raise ValueError(
+            f"{num_images} pictures, each the best of {best_of}, came; draw at most {MAX_PICTURES} in all."
+        )
     if best_of > 1 and prompts is None:
         raise ValueError(f"best_of is {best_of} without a prompt to choose by; give a prompt, or leave it out.")
     if best_of > 1 and not clip.has_image_tower:

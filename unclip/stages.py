@@ -224,7 +224,7 @@ def use_tiles(pipe: UnCLIP, side: int | None) -> None:
 
 
 def compile_networks(pipe: UnCLIP) -> None:
-    """Compiles every network's step by torch.compile: the first call takes minutes, those after it less time."""
+    """Compiles every diffusion network's step by torch.compile: the first call takes minutes, those after it less."""
     for name in ("prior", *pipe.networks.values(), "upsampler_256_last"):
         if getattr(pipe, name) is not None:
             getattr(pipe, name).compile()

@@ -40,6 +40,11 @@ def test_the_command_takes_a_clip_alone(
     assert json.loads(out) == evaluate(str(tiny_model), sized_corpus, ["test-pair"], device="cpu")
 
 
+def test_the_embedded_model_goes_by_its_name(sized_corpus: Path) -> None:
+    named, left_out = (evaluate(name, sized_corpus, ["test-pair"], device="cpu") for name in ("emoji", None))
+    assert named == left_out
+
+
 def test_a_template_without_a_place_is_one_sentence(tiny_model: Path, sized_corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"the template 'a thing' has no \{\}, which stands for the concept"):
         evaluate(str(tiny_model), sized_corpus, templates=["a thing"])

@@ -176,6 +176,7 @@ def test_the_best_of_one_is_the_one_and_the_best_of_more_is_drawn_by_its_seed(pi
     [
         (lambda p: p(CAPTION, best_of=0), "best_of is 0"),
         (lambda p: p(CAPTION, best_of=1.5), "best_of is 1.5"),
+        (lambda p: p(CAPTION, 2000, best_of=50), "2000 pictures, each the best of 50, came; draw at most"),
         (lambda p: p(z_i=torch.zeros(1, 16), best_of=2), "without a prompt"),
         (lambda p: p("a|b:0|"), "empty part"),
     ],

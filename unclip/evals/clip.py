@@ -34,7 +34,8 @@ def evaluate(
 
     if wrong := [template for template in templates if "{}" not in template]:
         raise ValueError(f"the template {wrong[0]!r} has no {{}}, which stands for the concept; give one that has.")
-    folder = str(find_model(None)[0]) if model is None else model
+    own = model is not None and ("/" in model or Path(model).is_dir())  # a CLIP's folder or hub name is no model's
+    folder = str(model if own else find_model(model)[0])
     labels = sorted({drawing.concept for drawing in load_corpus(corpus).drawings})
     data = {split: ShardDataset(DataConfig(str(corpus), split)) for split in splits}
     if known := trained_concepts(folder):
