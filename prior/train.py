@@ -65,12 +65,12 @@ def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) 
         t = draws.integers(diffusion.num_train_timesteps)
         noise = draws.normal(x0.shape[1])
         x_t = diffusion.add_noise(x0, noise, t)
-        drop: Tensor | None = draws.uniform() < config.drop_text
-        if not net.config["learned_null"]:  # the empty prompt is what stands for none, in sampling too
+        drop, learned = draws.uniform() < config.drop_text, net.config["learned_null"]
+        if not learned:  # the empty prompt is what stands for none, in sampling too
             captions = ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist(), strict=True)]
-            drop = None
         z_t, text, mask = clip.encode_text(captions)
-        output = model(x_t, t, z_t=z_t.float(), text=text.float(), text_mask=mask, drop_text=drop)
+        conditions = {"z_t": z_t.float(), "text": text.float(), "text_mask": mask}
+        output = model(x_t, t, **conditions, drop_text=drop if learned else None)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma).mean()
         with torch.no_grad():
             predicted = net.unstandardize(output.float())
