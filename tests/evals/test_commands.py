@@ -39,3 +39,38 @@ def test_latents_are_measured_in_fp32_and_the_figures_say_so(
         assert figures["interpolations"]["pairs"] == 2
     if command[0] == "inpainting":
         assert (figures["given"], figures["size"], figures["one walk"]["known"]) == ("tiny-256", 256, 1.0)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("table", "--count", "6", "--size", "16", "--seed", "3"),
+        ("synonyms", "--seed", "3", "--words"),
+        ("upsamplers", "--count", "4", "--size", "64", "--strength", "0.5"),
+        ("priors", "--count", "0", "--steps", "2", "--split", "train", "--limit", "6"),
+        ("quiz", "--size", "16", "--seed", "3", "--out"),
+    ],
+)
+def test_what_a_command_is_told_reaches_its_measure(
+    command: tuple[str, ...],
+    tiny_model: Path,
+    sized_corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "words.txt").write_text("sole: blue fish\nquince: green pear\n", encoding="utf-8")
+    path = {"--words": (tmp_path / "words.txt",), "--out": (tmp_path / "quiz",)}.get(command[-1], ())
+    more = () if command[0] == "quiz" else ("--corpus", sized_corpus, "--json", tmp_path / "figures.json")
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in ("evals", *command, *path, *more, "--model", tiny_model, "--device", "cpu")])
+    out, err = capsys.readouterr()
+    assert not caught.value.code, err
+    if command[0] == "quiz":
+        assert len(list((tmp_path / "quiz").glob("*.png"))) == 48
+        return
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["model"] == "tiny" and out
+    given = dict(zip(command[1::2], command[2::2], strict=False))
+    told = {option.removeprefix("--"): value for option, value in given.items() if option[2:] in figures}
+    assert told or command[0] == "priors"
+    assert {name: str(figures[name]) for name in told} == told

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -29,6 +30,15 @@ BothWays = Annotated[float, typer.Option("--guidance", help="The decoder's guida
 Json = Annotated[Path | None, typer.Option("--json", help="Where the figures go too.")]
 
 evals = typer.Typer(help="Measure a model.", no_args_is_help=True)
+
+T = TypeVar("T")
+
+
+def measured(measure: Callable[..., T], device: Device, dtype: DType, **given: Any) -> T:
+    """What a measure makes of these arguments, with bars as it goes; by name, as no two have them in one order."""
+    quiet_libraries()
+    with closing(Bars()) as bars:
+        return measure(**given, device=device.value, dtype=dtype.value, callback=bars)
 
 
 @evals.command()
@@ -54,10 +64,9 @@ def concepts(
     check_file(sheet, "--sheet")
     from unclip.evals.concepts import evaluate
 
-    quiet_libraries()
-    given = (model, split, count, json_file, corpus, seed, preset)
-    with closing(Bars()) as bars:
-        figures = evaluate(*given, sheet, condition, guidance, device.value, dtype.value, bars, best_of)
+    given = {"model": model, "corpus": corpus, "split": split, "count": count, "seed": seed, "preset": preset}
+    more = {"guidance_scale": guidance, "condition": condition, "best_of": best_of, "sheet": sheet}
+    figures = measured(evaluate, device, dtype, **given, **more, json_path=json_file)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -98,9 +107,8 @@ def shapes_report(
     check_folder(out, "--out")
     from unclip.evals.shapes_report import report
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        figures = report(model, corpus, out, count, seed, preset, None, device.value, dtype.value, bars)
+    given = {"model": model, "corpus": corpus, "out": out, "count": count, "seed": seed, "preset": preset}
+    figures = measured(report, device, dtype, **given)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -122,9 +130,8 @@ def sheet(
     check_file(out, "--out")
     from unclip.evals.sheets import caption_sheet
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        typer.echo(caption_sheet(model, out, captions, seed, size, preset, columns, device.value, dtype.value, bars))
+    given = {"model": model, "out": out, "captions": captions, "seed": seed, "size": size, "preset": preset}
+    typer.echo(measured(caption_sheet, device, dtype, **given, columns=columns))
 
 
 @evals.command()
@@ -149,11 +156,8 @@ def inversion(
     counts = whole_numbers(steps, "--steps")
     from unclip.evals.inversion import evaluate
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        figures = evaluate(
-            model, corpus, split, count, counts, guidance, seed, json_file, sheet, device.value, dtype.value, bars
-        )
+    given = {"model": model, "corpus": corpus, "split": split, "count": count, "steps": counts, "seed": seed}
+    figures = measured(evaluate, device, dtype, **given, guidance_scale=guidance, sheet=sheet, json_path=json_file)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -177,11 +181,8 @@ def variations(
     check_file(json_file, "--json")
     from unclip.evals.manipulations import evaluate
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        figures = evaluate(
-            model, corpus, split, count, seeds, steps, guidance, seed, json_file, device.value, dtype.value, bars
-        )
+    given = {"model": model, "corpus": corpus, "split": split, "count": count, "seeds": seeds, "steps": steps}
+    figures = measured(evaluate, device, dtype, **given, guidance_scale=guidance, seed=seed, json_path=json_file)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -205,11 +206,8 @@ def inpainting(
     check_file(json_file, "--json")
     from unclip.evals.inpainting import evaluate
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        figures = evaluate(
-            model, corpus, split, count, size, given, preset, seed, json_file, device.value, dtype.value, bars
-        )
+    of = {"model": model, "corpus": corpus, "split": split, "count": count, "size": size, "given": given}
+    figures = measured(evaluate, device, dtype, **of, preset=preset, seed=seed, json_path=json_file)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -234,11 +232,8 @@ def edits(
     values = numbers(strengths, "--strengths")
     from unclip.evals.manipulations import evaluate_edits
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        figures = evaluate_edits(
-            model, count, values, seeds, steps, guidance, seed, json_file, device.value, dtype.value, bars
-        )
+    given = {"model": model, "count": count, "strengths": values, "seeds": seeds, "steps": steps, "seed": seed}
+    figures = measured(evaluate_edits, device, dtype, **given, guidance_scale=guidance, json_path=json_file)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -261,21 +256,8 @@ def priors(
     check_file(json_file, "--json")
     from unclip.evals.priors import SPLITS, STEPS, evaluate, table
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        report = evaluate(
-            model,
-            corpus,
-            split or SPLITS,
-            steps or STEPS,
-            guidance,
-            limit,
-            count,
-            json_file,
-            device.value,
-            dtype.value,
-            bars,
-        )
+    given = {"model": model, "corpus": corpus, "splits": split or SPLITS, "steps": steps or STEPS, "limit": limit}
+    report = measured(evaluate, device, dtype, **given, guidance_scale=guidance, count=count, json_path=json_file)
     typer.echo(table(report))
 
 
@@ -299,11 +281,8 @@ def where_it_is_lost(
     check_file(json_file, "--json")
     from unclip.evals.table import evaluate, markdown
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        report = evaluate(
-            model, split, count, size, json_file, corpus, seed, preset, guidance, device.value, dtype.value, bars
-        )
+    given = {"model": model, "corpus": corpus, "split": split, "count": count, "size": size, "seed": seed}
+    report = measured(evaluate, device, dtype, **given, preset=preset, guidance_scale=guidance, json_path=json_file)
     typer.echo(markdown(report))
 
 
@@ -325,11 +304,8 @@ def synonyms(
     check_file(json_file, "--json")
     from unclip.evals.synonyms import SYNONYMS, evaluate
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        figures = evaluate(
-            model, corpus, words or SYNONYMS, template, preset, seed, json_file, device.value, dtype.value, bars
-        )
+    given = {"model": model, "corpus": corpus, "synonyms": words or SYNONYMS, "template": template, "seed": seed}
+    figures = measured(evaluate, device, dtype, **given, preset=preset, json_path=json_file)
     typer.echo(json.dumps(figures, indent=1))
 
 
@@ -353,11 +329,8 @@ def upsamplers(
     check_file(json_file, "--json")
     from unclip.evals.upsamplers import evaluate
 
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        report = evaluate(
-            model, corpus, split, count, size, strength, preset, seed, json_file, device.value, dtype.value, bars
-        )
+    given = {"model": model, "corpus": corpus, "split": split, "count": count, "size": size, "seed": seed}
+    report = measured(evaluate, device, dtype, **given, strength=strength, preset=preset, json_path=json_file)
     typer.echo(json.dumps(report, indent=1))
 
 
@@ -382,6 +355,5 @@ def quiz(
     from unclip.pictures import check_folder
 
     check_folder(out, "--out")
-    quiet_libraries()
-    with closing(Bars()) as bars:
-        typer.echo(evaluate(model, out, captions, seed, size, preset, device.value, dtype.value, bars))
+    given = {"model": model, "out": out, "captions": captions, "seed": seed, "size": size, "preset": preset}
+    typer.echo(measured(evaluate, device, dtype, **given))
