@@ -15,7 +15,7 @@ from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_em
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
-from unclip.core.diffusion import Diffusion, PredictionType, Weighting, make_scheduler
+from unclip.core.diffusion import Diffusion, PredictionType, Weighting, check_weighting, make_scheduler
 from unclip.core.masks import known_channels, random_masks
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
@@ -206,8 +206,11 @@ def freeze_all_but_sketch(model: Decoder) -> None:
     """Leaves what the sketch does not come from untrained: decay would shrink it, and processes would wait for it."""
     model.unet.requires_grad_(False)
     model.context_z_i.requires_grad_(False)
-    if model.text_width is None:  # else the caption enters the time embedding through it
+    if model.text_width is None or model.z_t_width is not None:  # else the caption enters the time embedding by them
         model.context_norm.requires_grad_(False)
+    if model.z_t_width is not None:
+        model.context_text.requires_grad_(False)
+        model.text_blocks.requires_grad_(False)
 
 
 def sketch_error(sketch: Tensor, x0: Tensor) -> Tensor:
@@ -245,6 +248,7 @@ def decoder_samples(clip: RememberedCLIP, scheduler: Any, guidance_scale: float 
 
 def check_shares(config: DecoderConfig) -> None:
     """Raises ValueError unless what is dropped, swapped, blurred and noisy can be."""
+    check_weighting(config.prediction, config.weighting)
     check_parts(config, "drop_z_i", "drop_text", "swap_captions", "noisy_share", "own_share")
     if config.z_i_noise < 0:
         raise ValueError(f"z_i_noise is {config.z_i_noise}; expected deviations of the embeddings, 0 or more.")
@@ -268,6 +272,11 @@ def run(config: DecoderConfig) -> Path:
     """Trains a decoder; returns the folder of the exported network."""
     check_shares(config)
     dataset, validation = datasets_of(config.data, config.validation)
+    captions_of = captions_by_concept(dataset) if config.swap_captions else None
+    if captions_of == {}:
+        raise ValueError(
+            f"swap_captions goes by concepts, and no sample of {config.data.path} names one: leave it out."
+        )
     device: Any = processes().device
     clip = RememberedCLIP(CLIP.from_pretrained(config.clip).to(device), config.remember)
     torch.manual_seed(config.train.seed)
@@ -278,11 +287,6 @@ def run(config: DecoderConfig) -> Path:
     scheduler = make_scheduler(config.schedule, config.prediction, model.config["learned_variance"])
     save_scheduler(config.train, model, scheduler)
     spread = embedding_spread(clip, dataset, config) if config.z_i_noise else None
-    captions_of = captions_by_concept(dataset) if config.swap_captions else None
-    if captions_of == {}:
-        raise ValueError(
-            f"swap_captions goes by concepts, and no sample of {config.data.path} names one: leave it out."
-        )
     loss_fn = decoder_loss(config, clip, Diffusion.from_scheduler(scheduler).to(device), spread, captions_of)
     sample_fn = None if config.sketch_alone else decoder_samples(clip, scheduler)
     return train(config.train, model, loss_fn, dataset, validation, sample_fn)

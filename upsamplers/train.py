@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, Draws, draw_pictures_and_captions
-from unclip.core.diffusion import Diffusion, PredictionType, Weighting, make_scheduler
+from unclip.core.diffusion import Diffusion, PredictionType, Weighting, check_weighting, make_scheduler
 from unclip.core.masks import known_channels, random_masks
 from unclip.core.sampling import guided, make_sampler, picture_generators, sample, starting_noise
 from unclip.core.train import Batch, LossFn, SampleFn, datasets_of, processes, save_scheduler, train
@@ -111,6 +111,7 @@ def upsampler_samples(config: UpsamplerConfig, factor: int, scheduler: Any, step
 def run(config: UpsamplerConfig) -> Path:
     """Trains an upsampler; returns the folder of the exported network."""
     check_parts(config, "degraded_share")
+    check_weighting(config.prediction, config.weighting)
     dataset, validation = datasets_of(config.data, config.validation)
     torch.manual_seed(config.train.seed)
     model = Upsampler(**config.model)

@@ -1,6 +1,7 @@
 """What is written is whole or not there, whatever happens on the way, and what it replaces stays until then."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,15 @@ def test_a_folder_that_someone_called_old_stays(tmp_path: Path):
 
 
 def test_what_a_process_killed_amid_replacing_left_goes_with_the_next(tmp_path: Path):
-    for name in (".model.123.old", ".model.mine.old"):
-        (tmp_path / name).mkdir()
+    left = [tmp_path / f".model.{pid}.old" for pid in (123, os.getpid())]  # in a container, pids come again
+    (tmp_path / ".model.2024 mine.old").mkdir()
     for _ in range(2):  # where no folder has the name, and where one has
+        for folder in left:
+            folder.mkdir()
+            (folder / "weights").write_text("")
         with whole_folder(tmp_path / "model") as partial:
             (partial / "new").write_text("")
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".model.mine.old", "model"]
-        (tmp_path / ".model.123.old").mkdir()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".model.2024 mine.old", "model"]
 
 
 def test_only_what_is_marked_may_be_replaced(tmp_path: Path):

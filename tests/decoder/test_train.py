@@ -124,6 +124,7 @@ def test_swapped_captions_are_of_the_concept_and_evenly_drawn(tiny_corpus: Path,
 def test_captions_are_not_swapped_where_no_sample_names_a_concept(unnamed: Path, tiny_clip: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="swap_captions goes by concepts, and no sample"):
         run(config_of(unnamed, tmp_path / "out", tiny_clip, swap_captions=0.5))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_loss_sees_swapped_captions(tiny_corpus: Path, clip: RememberedCLIP, rows, answering):
@@ -164,8 +165,10 @@ def test_a_sketch_is_trained_to_be_the_small_picture(tiny_corpus: Path, clip: Re
     assert torch.isclose(loss - metrics["sketch"], plain, atol=1e-5)
 
 
-def test_a_sketch_alone_is_trained_as_beside_the_rest(tiny_corpus: Path, clip: RememberedCLIP, rows):
-    options: dict[str, Any] = {"drop_z_i": 0.0, "drop_text": 0.0, "model": {"sketch_side": 8}}
+@pytest.mark.parametrize("z_t_width", [None, 12])
+def test_a_sketch_alone_is_trained_as_beside_the_rest(tiny_corpus: Path, clip: RememberedCLIP, rows, z_t_width):
+    model = {"sketch_side": 8, "z_t_width": z_t_width}
+    options: dict[str, Any] = {"drop_z_i": 0.0, "drop_text": 0.0, "model": model}
     beside, alone = (config_of(tiny_corpus, **options, sketch_alone=flag) for flag in (False, True))
     torch.manual_seed(0)
     decoder = Decoder(**alone.model)  # the U-Net's output starts at zero, and so does what its error says of conditions
@@ -176,7 +179,8 @@ def test_a_sketch_alone_is_trained_as_beside_the_rest(tiny_corpus: Path, clip: R
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None})
     assert loss == metrics["sketch"]
-    assert {"sketch.layers.1.weight", "time_z_i.weight", "time_text.weight"} <= gradients[1].keys()
+    heard = "time_text.weight" if z_t_width is None else "time_z_t.weight"
+    assert {"sketch.layers.1.weight", "time_z_i.weight", heard} <= gradients[1].keys()
     freeze_all_but_sketch(decoder)
     assert {name for name, p in decoder.named_parameters() if p.requires_grad} == {
         name for name, gradient in gradients[1].items() if name.partition(".")[0] != "context_z_i"
@@ -339,6 +343,7 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(tiny_corpus: Path, tiny_cli
         ({"sketch_alone": True}, "sketch_alone trains a sketch, and the model has none"),
         ({"sketch_alone": True, "model": {"sketch_side": 8}, "noisy_share": 0.1}, "noisy_share does nothing"),
         ({"z_i_noise": -1.0}, r"z_i_noise is -1.0; expected deviations"),
+        ({"weighting": "snr_plus_one"}, "snr_plus_one has no bound for the prediction epsilon"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(tiny_corpus: Path, tiny_clip: Path, tmp_path: Path, changes, sentence: str):

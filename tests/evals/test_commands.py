@@ -72,5 +72,9 @@ def test_what_a_command_is_told_reaches_its_measure(
     assert figures["model"] == "tiny" and out
     given = dict(zip(command[1::2], command[2::2], strict=False))
     told = {option.removeprefix("--"): value for option, value in given.items() if option[2:] in figures}
-    assert told or command[0] == "priors"
+    if command[0] == "priors":
+        assert {name.split(", ")[-1] for name in figures["rows"]} >= {"2 steps"}
+        assert [splits["train"]["count"] for splits in figures["rows"].values()] == [6] * len(figures["rows"])
+    else:
+        assert told and (command[0] != "table" or list(figures["rows"]) == ["16"])
     assert {name: str(figures[name]) for name in told} == told

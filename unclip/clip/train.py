@@ -133,6 +133,8 @@ def lock_text(clip: CLIP, texts: Sequence[str] | None) -> None:
     for module in clip.model.text_model.modules():  # what is not trained gains nothing by dropout, and z_t would waver
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # as CLIP's attention has it
+            module.dropout = 0.0
     projection = clip.model.text_projection.requires_grad_(False)
     if texts is None:
         return

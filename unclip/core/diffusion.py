@@ -56,6 +56,12 @@ def _check_prediction_type(prediction_type: str) -> None:
         raise ValueError(f"prediction_type {prediction_type!r} is unknown, expected {', '.join(PREDICTION_TYPES)}")
 
 
+def check_weighting(prediction_type: str, weighting: Weighting) -> None:
+    """Raises ValueError where a weight has no bound for errors of this parametrisation (`Diffusion.loss_weight`)."""
+    if weighting == "snr_plus_one" and prediction_type == "epsilon":
+        raise ValueError("weighting snr_plus_one has no bound for the prediction epsilon: take sample, or min_snr.")
+
+
 class Diffusion:
     """A noise schedule and a parametrisation. Build it with `from_scheduler`.
 
@@ -209,8 +215,7 @@ class Diffusion:
             return torch.ones(t.shape, device=t.device)
         if weighting not in get_args(Weighting):
             raise ValueError(f"weighting {weighting!r} is unknown, expected one of {', '.join(get_args(Weighting))}")
-        if weighting == "snr_plus_one" and self.prediction_type == "epsilon":
-            raise ValueError("weighting snr_plus_one has no bound for the prediction epsilon: take sample, or min_snr.")
+        check_weighting(self.prediction_type, weighting)
         snr = self.snr(t)
         weight = (snr + (weighting == "snr_plus_one")).clamp(max=gamma)
         if self.prediction_type == "epsilon":

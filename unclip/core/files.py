@@ -5,9 +5,9 @@ And what does not load, in one sentence.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,9 +21,17 @@ def replace_folder(partial: Path, final: Path) -> None:
     With it goes what a process that was killed amid this left of earlier ones.
     """
     if final.exists():
+        _remove_old(final)
         final.rename(final.with_name(f".{final.name}.{os.getpid()}.old"))  # a name that nobody gives their own folder
     partial.rename(final)
-    for old in final.parent.glob(f".{glob.escape(final.name)}.[0-9]*.old"):
+    _remove_old(final)
+
+
+def _remove_old(final: Path) -> None:
+    """Removes what a replacement of `final` has put aside, by this process or by one that was killed."""
+    for old in final.parent.iterdir():
+        if not re.fullmatch(rf"\.{re.escape(final.name)}\.\d+\.old", old.name):
+            continue
         if old.is_symlink():
             old.unlink()  # what it leads to is not ours
         else:
