@@ -1,6 +1,7 @@
 """The command lines of `unclip evals`: what they measure in, and that figures are the file's."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ def test_what_a_command_is_told_reaches_its_measure(
 ) -> None:
     (tmp_path / "words.txt").write_text("sole: blue fish\nquince: green pear\n", encoding="utf-8")
     path = {"--words": (tmp_path / "words.txt",), "--out": (tmp_path / "quiz",)}.get(command[-1], ())
-    more = () if command[0] == "quiz" else ("--corpus", sized_corpus, "--json", tmp_path / "figures.json")
+    corpora = shutil.copytree(sized_corpus.parent, tmp_path / "corpora")  # which features are stored in
+    corpus = ("--corpus", corpora / sized_corpus.name, "--json", tmp_path / "figures.json")
+    more = () if command[0] == "quiz" else corpus
     with pytest.raises(SystemExit) as caught:
         main([str(word) for word in ("evals", *command, *path, *more, "--model", tiny_model, "--device", "cpu")])
     out, err = capsys.readouterr()
