@@ -31,7 +31,7 @@ def new_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     out = Path(out)
     if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists already: choose another folder or ask for overwriting.")
+        raise FileExistsError(f"{out} exists already: choose another folder, or overwrite it (--overwrite).")
     with whole_folder(out, "dataset.json") as partial:
         yield partial
 
