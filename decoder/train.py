@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from decoder.decoder import Decoder
 from unclip.clip.model import CLIP
-from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
+from unclip.clip.remember import RememberedCLIP, empty_where, picture_embeddings, training_embeddings
 from unclip.core.checkpoint import start_from
 from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, Draws, ShardDataset, draw_pictures_and_captions
@@ -60,7 +60,7 @@ def hear(
         return {}
     takes_z_t = model.get("z_t_width") is not None
     if takes_z_t and drop_text is not None:
-        captions = ["" if dropped else caption for caption, dropped in zip(captions, drop_text.tolist(), strict=True)]
+        captions = empty_where(drop_text, captions)
     z_t, states, mask = clip.encode_text(captions)
     heard = {"text": states.float(), "text_mask": mask}
     if takes_z_t:

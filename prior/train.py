@@ -17,7 +17,7 @@ from prior.evaluate import cosine_to_others, evaluate
 from prior.pca import PCA
 from unclip.clip.evaluate import concepts_of
 from unclip.clip.model import CLIP
-from unclip.clip.remember import RememberedCLIP, picture_embeddings, training_embeddings
+from unclip.clip.remember import RememberedCLIP, empty_where, picture_embeddings, training_embeddings
 from unclip.core.analytic import x0_variance
 from unclip.core.config import TrainConfig, check_parts, main
 from unclip.core.data import DataConfig, ShardDataset, draw_pictures_and_captions
@@ -66,9 +66,7 @@ def prior_loss(config: PriorConfig, clip: RememberedCLIP, diffusion: Diffusion) 
         noise = draws.normal(x0.shape[1])
         x_t = diffusion.add_noise(x0, noise, t)
         drop, learned = draws.uniform() < config.drop_text, net.config["learned_null"]
-        if not learned:  # the empty prompt is what stands for none, in sampling too
-            captions = ["" if dropped else caption for caption, dropped in zip(captions, drop.tolist(), strict=True)]
-        z_t, text, mask = clip.encode_text(captions)
+        z_t, text, mask = clip.encode_text(captions if learned else empty_where(drop, captions))
         conditions = {"z_t": z_t.float(), "text": text.float(), "text_mask": mask}
         output = model(x_t, t, **conditions, drop_text=drop if learned else None)
         loss = diffusion.loss(output, x0, x_t, noise, t, config.weighting, config.gamma).mean()

@@ -356,8 +356,7 @@ class UnCLIP(DiffusionPipeline):
         """
         prompts, given, asked = check_request(prompt, image, z_i, num_images)
         check_seeds(seed, num_images)
-        each = num_images * check_best_of(best_of, prompts, self.clip, num_images)
-        seeds = check_seeds(seed, each, generator, asked)
+        seeds = check_seeds(seed, num_images * check_best_of(best_of, prompts, self.clip, num_images), generator, asked)
         size, output_type = self.check_size(size), check_output_type(output_type)
         if best_of == 1 and (given is not None or z_i is not None):
             for part in prompts or ():

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 STAGES = ("prior", "decoder", "upsampler_256", "upsampler_1024")
 PriorName = Literal["diffusion", "ar"]
-# What a stage has no use for: upsamplers are given no caption to be guided by, and one draw of them is kept
-IDLE = {"prior": (), "decoder": ("draws",), "upsampler": ("draws", "guidance_scale", "guidance_interval")}
+# What a stage has no use for: only of the prior are several draws made, and upsamplers have no caption to be guided by
+IDLE = {"decoder": ("draws",)} | dict.fromkeys(STAGES[2:], ("draws", "guidance_scale", "guidance_interval"))
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def _stage(preset: str, stage: str, values: Mapping[str, Any]) -> StageSettings:
     known = [f.name for f in fields(StageSettings)]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"preset {preset!r} gives {stage} the setting {unknown[0]!r}; known are {', '.join(known)}.")
-    settings, idle = StageSettings(**values), IDLE["upsampler" if stage.startswith("upsampler") else stage]
-    if vain := [name for name in idle if getattr(settings, name) != getattr(StageSettings(), name)]:
+    settings = StageSettings(**values)
+    if vain := [name for name in IDLE.get(stage, ()) if getattr(settings, name) != getattr(StageSettings(), name)]:
         raise ValueError(f"preset {preset!r} gives {stage} the setting {vain[0]!r}, which has no effect; leave it out.")
     if settings.eta and settings.solver != "ddim":
         raise ValueError(

@@ -2,11 +2,26 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from unclip.cli import main
+
+
+@pytest.fixture
+def measure(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command of `unclip evals` on the tiny model; gives what it says."""
+
+    def run(*words: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in ("evals", *words, "--model", tiny_model, "--device", "cpu")])
+        out, err = capsys.readouterr()
+        assert not caught.value.code, err
+        return out
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -19,20 +34,11 @@ from unclip.cli import main
     ],
 )
 def test_latents_are_measured_in_fp32_and_the_figures_say_so(
-    command: tuple[str, ...],
-    tiny_model: Path,
-    sized_corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...], measure: Callable[..., str], sized_corpus: Path, tmp_path: Path
 ) -> None:
     corpus = () if command[0] == "edits" else ("--corpus", sized_corpus)
     large = (sized_corpus.with_name("tiny-256"),) if command[-1] == "--given" else ()
-    words = ("evals", *command, *large, *corpus, "--model", tiny_model, "--json", tmp_path / "figures.json")
-    with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in (*words, "--device", "cpu")])
-    out, err = capsys.readouterr()
-    assert not caught.value.code, err
-    figures = json.loads(out)
+    figures = json.loads(measure(*command, *large, *corpus, "--json", tmp_path / "figures.json"))
     assert figures["dtype"] == "fp32"
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
     if command[0] == "variations":
@@ -53,21 +59,14 @@ def test_latents_are_measured_in_fp32_and_the_figures_say_so(
     ],
 )
 def test_what_a_command_is_told_reaches_its_measure(
-    command: tuple[str, ...],
-    tiny_model: Path,
-    sized_corpus: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...], measure: Callable[..., str], sized_corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "words.txt").write_text("sole: blue fish\nquince: green pear\n", encoding="utf-8")
     path = {"--words": (tmp_path / "words.txt",), "--out": (tmp_path / "quiz",)}.get(command[-1], ())
     corpora = shutil.copytree(sized_corpus.parent, tmp_path / "corpora")  # which features are stored in
     corpus = ("--corpus", corpora / sized_corpus.name, "--json", tmp_path / "figures.json")
     more = () if command[0] == "quiz" else corpus
-    with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in ("evals", *command, *path, *more, "--model", tiny_model, "--device", "cpu")])
-    out, err = capsys.readouterr()
-    assert not caught.value.code, err
+    out = measure(*command, *path, *more)
     if command[0] == "quiz":
         assert len(list((tmp_path / "quiz").glob("*.png"))) == 48
         return

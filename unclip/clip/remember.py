@@ -74,6 +74,12 @@ class RememberedCLIP:
         return True
 
 
+def empty_where(dropped: Tensor, captions: Sequence[str]) -> list[str]:
+    """Captions, the empty one in the place of those that dropped (b,) bool chooses: for networks without learned nulls,
+    to which it stands for none in sampling too."""
+    return ["" if gone else caption for gone, caption in zip(dropped.tolist(), captions, strict=True)]
+
+
 def picture_embeddings(clip: RememberedCLIP, batch: dict[str, Any], x0: Tensor, background: float) -> Tensor:
     """z_i (b, d), float32: as stored with the data where backgrounds are not drawn, else of the pictures x0."""
     if "z_i" in batch and background == 0:
